@@ -1,0 +1,66 @@
+"""A conversation, as every other part of the project sees it.
+
+Content is kept byte for byte as it stood in the file. Roles are the field's: system, user, assistant, tool
+(ChatGLM3 calls the last one observation).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call that the assistant makes. `arguments` is the parsed JSON value, nearly always an object."""
+
+    name: str
+    arguments: Any
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message. `loss` overrides whether it is a target; None leaves that to `data.supervise`."""
+
+    role: Role
+    content: str
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+    loss: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages in order, the tools on offer (JSON schemas, as the chat template wants them) and where the row stands."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    place: str | None = None
+
+    def as_template_input(self) -> list[dict[str, Any]]:
+        """The messages as `apply_chat_template` takes them. Absent fields are left out: some templates print `None`."""
+        return [_as_template_message(message) for message in self.messages]
+
+
+def _as_template_message(message: Message) -> dict[str, Any]:
+    fields: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.reasoning is not None:
+        fields["reasoning_content"] = message.reasoning
+    if message.tool_calls:
+        fields["tool_calls"] = [_as_template_call(call) for call in message.tool_calls]
+    if message.tool_call_id is not None:
+        fields["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        fields["name"] = message.name
+    return fields
+
+
+def _as_template_call(call: ToolCall) -> dict[str, Any]:
+    fields: dict[str, Any] = {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+    if call.id is not None:
+        fields["id"] = call.id
+    return fields

@@ -1,0 +1,111 @@
+"""Everything a person can get wrong, and how it is told.
+
+ChatLoraError            exit status 2: the user's mistake, told as one block without a traceback
+├── ConfigError          a setting, a flag or a config file
+├── DataError            a data file or a row in it
+├── ModelError           a base model, tokenizer, chat template or adapter
+├── LaunchError          the way the processes were started
+└── PredictionsError     a predictions file handed to the evaluator
+SetAside                 not a mistake: one row that this template cannot render exactly
+NonFiniteError           exit status 1: the run itself went wrong
+OutOfMemoryError         exit status 1: the machine ran out, told with the setting to lower
+Stopped                  exit status 75: a signal asked the run to stop
+"""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+SHOWN = 20  # problems of one kind that are spelled out; the rest are counted
+
+
+class ChatLoraError(Exception):
+    """A mistake that the user can mend. `problems` are whole sentences, each with its place and remedy."""
+
+    exit_status = 2
+    title = "chatlora cannot go on"
+
+    def __init__(self, *problems: str) -> None:
+        assert problems, "an error without a sentence helps nobody"
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+    def __str__(self) -> str:
+        return block(self.title, self.problems)
+
+
+class ConfigError(ChatLoraError):
+    title = "The configuration has problems"
+
+
+class DataError(ChatLoraError):
+    title = "The data has problems"
+
+
+class ModelError(ChatLoraError):
+    title = "The model cannot be used as it is"
+
+
+class LaunchError(ChatLoraError):
+    title = "The launch has problems"
+
+
+class PredictionsError(ChatLoraError):
+    title = "The predictions cannot be scored"
+
+
+class NonFiniteError(ChatLoraError):
+    exit_status = 1
+    title = "The loss or its gradient is not finite; nothing was updated"
+
+
+class OutOfMemoryError(ChatLoraError):
+    exit_status = 1
+    title = "Out of memory"
+
+
+class SetAside(Exception):
+    """A row that parses but cannot be trained exactly. It is counted in the ledger under `reason`, never repaired."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class Stopped(Exception):
+    """The run was asked to stop after `step` finished steps."""
+
+    exit_status = 75
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        super().__init__(f"stopped after step {step}")
+
+
+def block(title: str, problems: Sequence[str]) -> str:
+    """One readable block: the title, then a line a problem, the first `SHOWN` of them and how many more there are."""
+    lines = [f"{title}:", *(f"  {problem}" for problem in problems[:SHOWN])]
+    if len(problems) > SHOWN:
+        lines.append(f"  ... and {len(problems) - SHOWN} more of {len(problems)}")
+    return "\n".join(lines)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'assistant'?"` where a known word is close, else the empty string."""
+    close = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def run_as_script(main: Callable[[Sequence[str]], None]) -> None:
+    """Call `main` with the command line and leave with the exit status that the outcome deserves.
+
+    0 done, 2 the user's mistake (one block on standard error, no traceback), 75 stopped, 1 anything else.
+    """
+    try:
+        main(sys.argv[1:])
+    except ChatLoraError as error:
+        print(f"\n{error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except Stopped as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        sys.exit(stop.exit_status)
