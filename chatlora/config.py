@@ -1,0 +1,197 @@
+"""Every setting, with its meaning and its unit. YAML and flags become one frozen `Config`.
+
+Precedence: the defaults here < a preset or YAML file < `--section.field VALUE` flags.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+RowFormat = Literal["auto", "messages", "conversations", "sharegpt", "alpaca", "prompt_completion"]
+Schedule = Literal["constant", "linear", "cosine"]
+OverLength = Literal["fit", "cut", "drop", "error"]
+Supervise = Literal["all", "last"]
+Style = Literal["chatlora", "chatglm3"]
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Source(Section):
+    """Where rows come from."""
+
+    path: str = Field(description="a file, a folder, a glob, or the name of a data set on the hub")
+    format: RowFormat = Field("auto", description="the form of a row; auto recognises it from its columns")
+    columns: dict[str, str] = Field(
+        {}, description="our column -> the file's, e.g. {prompt: content, completion: summary}"
+    )
+    repeat: int = Field(1, ge=1, description="how often its training rows are seen in an epoch")
+    split: str | None = Field(
+        None, description="the split of a hub data set; null: train, validation or test by its use"
+    )
+
+
+def _as_sources(value: Any) -> Any:
+    """A path, a list of paths, or a list of sources."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+def _as_share_or_sources(value: Any) -> Any:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return _as_sources(value)
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ModelConfig(Section):
+    name_or_path: str = Field(
+        "Qwen/Qwen3-0.6B", description="a folder, a model of the hub, or embedded:smollm2-135m-instruct"
+    )
+    revision: str | None = Field(None, description="commit, tag or branch of a hub model")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: about a third slower, far less memory"
+    )
+    chat_template: Path | None = Field(None, description="a Jinja file to use instead of the tokenizer's own template")
+    chat_template_kwargs: dict[str, Any] = Field({}, description="given to the template, e.g. {enable_thinking: false}")
+    chat_template_date: date | None = Field(
+        None, description="the date that a template sees; null: the run's first day"
+    )
+
+
+class LoraConfig(Section):
+    rank: int = Field(16, ge=1, description="r of LoRA")
+    alpha: float = Field(32, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping an input of the adapter")
+    target_modules: str | tuple[str, ...] = Field("all-linear", description="all-linear, module names, or a regex")
+
+
+class DataConfig(Section):
+    train: Sources = Field((), description="training rows: a path, a list of paths, or a list of sources")
+    validation: Share | Sources = Field(
+        0.02, description="a share of the training rows, or sources", union_mode="left_to_right"
+    )
+    test: Sources = Field((), description="rows for evaluate.py")
+    system: str | None = Field(None, description="system prompt of conversations that have none")
+    max_length: int = Field(2048, ge=2, description="longest training example, in tokens")
+    over_length: OverLength = Field(
+        "fit", description="longer rows: fit keeps whole turns, cut cuts hard, drop sets aside, error stops"
+    )
+    supervise: Supervise = Field("all", description="targets: all assistant turns, or the last one")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _validation(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "validation" in values:
+            return {**values, "validation": _as_share_or_sources(values["validation"])}
+        return values
+
+
+class OptimConfig(Section):
+    epochs: float = Field(3, gt=0, description="passes over the training rows")
+    max_steps: int | None = Field(
+        None, ge=1, description="stop after this many optimizer steps, whatever `epochs` says"
+    )
+    global_batch_size: int = Field(16, ge=1, description="examples per optimizer step, over all processes")
+    max_tokens_per_micro_batch: Literal["auto"] | int = Field(
+        "auto", description="tokens of one forward pass on one process; auto: max(max_length, 1024 on CPU, 4096 on GPU)"
+    )
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of AdamW")
+    schedule: Schedule = Field("cosine", description="learning rate after the warm-up")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm; inf: never")
+
+
+class EvaluationConfig(Section):
+    max_new_tokens: int = Field(512, ge=1, description="longest answer, in tokens")
+    max_prompt_length: int | None = Field(None, ge=1, description="longest prompt, in tokens; null: data.max_length")
+    style: Style = Field("chatlora", description="how ROUGE and BLEU are computed")
+    after_training: bool = Field(False, description="evaluate base and adapter on data.test at the end of train.py")
+
+
+class RunConfig(Section):
+    output_dir: Path | None = Field(None, description="the run's folder; null: runs/NAME-HASH")
+    seed: int = Field(0, ge=0, description="data order, held-out rows, initial adapter, dropout")
+    precision: Precision = Field("auto", description="auto: bf16 where the device multiplies it natively, else fp32")
+    cpu_threads: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="threads of one process on CPU; auto: the cores divided by the processes"
+    )
+
+
+class Config(Section):
+    """One run. Frozen: what the command line said is what the run's config.yaml says."""
+
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _budget_holds_one_example(self) -> Self:
+        budget = self.optim.max_tokens_per_micro_batch
+        if budget != "auto" and budget < self.data.max_length:
+            raise ValueError(
+                f"optim.max_tokens_per_micro_batch is {budget}, but one example may have data.max_length = "
+                f"{self.data.max_length} tokens: raise the one or lower the other"
+            )
+        return self
+
+    def with_values(self, section: str, **values: Any) -> Self:
+        """A copy with some fields of one section replaced."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=values)})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values, as they are written to config.yaml and read back equal."""
+        return self.model_dump(mode="json")
+
+
+# Settings that leave the trajectory of a run as it is. All others alter it: they are hashed into runs/NAME-HASH, and
+# a run directory refuses to go on when they differ from what it was begun with.
+FREE_SETTINGS = frozenset(
+    {
+        "data.test",
+        "evaluation.after_training",
+        "evaluation.max_new_tokens",
+        "evaluation.max_prompt_length",
+        "evaluation.style",
+        "model.chat_template_date",  # fixed by the run's first day
+        "model.gradient_checkpointing",
+        "optim.max_tokens_per_micro_batch",
+        "run.cpu_threads",
+        "run.output_dir",
+    }
+)
+
+
+def trajectory(config: Config) -> dict[str, Any]:
+    """`section.field` -> value of every setting that alters what is learned."""
+    return {name: value for name, value in _flat(config.as_dict()).items() if name not in FREE_SETTINGS}
+
+
+def trajectory_hash(config: Config) -> str:
+    """Eight hex digits that name a run's trajectory."""
+    return hashlib.sha256(json.dumps(trajectory(config), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def changed_settings(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
+    """`section.field` -> (before, after) of the trajectory's settings that differ."""
+    old, new = trajectory(before), trajectory(after)
+    return {name: (old[name], new[name]) for name in old if old[name] != new[name]}
+
+
+def _flat(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for section, fields in values.items() for name, value in fields.items()}
