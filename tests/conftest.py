@@ -13,3 +13,11 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"real data is not at hand: {SHARED} does not exist")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The embedded model's folder, from the user's cache or made as the demo makes it; an error where it cannot be."""
+    from chatlora.model.demo import embedded_model
+
+    return embedded_model("embedded:smollm2-135m-instruct")
