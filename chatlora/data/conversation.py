@@ -4,11 +4,14 @@ Content is kept byte for byte as it stood in the file. Roles are the field's: sy
 (ChatGLM3 calls the last one observation).
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = get_args(Role)
+
+_LEADING_THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,18 @@ class Conversation:
     def as_template_input(self) -> list[dict[str, Any]]:
         """The messages as `apply_chat_template` takes them. Absent fields are left out: some templates print `None`."""
         return [_as_template_message(message) for message in self.messages]
+
+
+def split_reasoning(content: str) -> tuple[str | None, str]:
+    """A leading `<think>...</think>` and the text after it, without the line breaks around them.
+
+    An empty thought is None; a thought that never closes, or does not come first, stays text: `(None, content)`.
+    """
+    thought = _LEADING_THOUGHT.match(content)
+    if thought is None:
+        return None, content
+    reasoning = thought[1].strip("\n")
+    return reasoning if reasoning.strip() else None, content[thought.end() :].lstrip("\n")
 
 
 def _as_template_message(message: Message) -> dict[str, Any]:
