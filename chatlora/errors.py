@@ -65,11 +65,16 @@ class OutOfMemoryError(ChatLoraError):
 
 
 class SetAside(Exception):
-    """A row that parses but cannot be trained exactly. It is counted in the ledger under `reason`, never repaired."""
+    """A row that parses but cannot be trained exactly. It is counted in the ledger under `reason`, never repaired.
 
-    def __init__(self, reason: str) -> None:
+    `reason` is the same words for every row of its kind, so that rows can be counted by it; what is particular to this
+    row (a length, what the template complained of) is in `detail`. `str()` gives both.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
         self.reason = reason
-        super().__init__(reason)
+        self.detail = detail
+        super().__init__(f"{reason} ({detail})" if detail else reason)
 
 
 class Stopped(Exception):
