@@ -115,7 +115,7 @@ def _report_missing(fields: Mapping[str, Any], form: str, problems: list[str]) -
 
 
 def _unrecognised(row: Mapping[str, Any]) -> str:
-    remedy = next(filter(None, (did_you_mean(name, KNOWN_COLUMNS) for name in map(str, row))), "; ")
+    remedy = next(filter(None, (did_you_mean(name, KNOWN_COLUMNS) for name in map(str, row))), ";")
     return (
         f"no known form: the row has {_listed(row)}{remedy} chatlora reads messages, conversations, prompt with "
         "completion, or instruction with output; name other columns with columns: {prompt: ..., completion: ...}"
