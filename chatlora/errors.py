@@ -15,6 +15,7 @@ Stopped                  exit status 75: a signal asked the run to stop
 import difflib
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import Self
 
 SHOWN = 20  # problems of one kind that are spelled out; the rest are counted
 
@@ -56,7 +57,17 @@ class PredictionsError(ChatLoraError):
 
 class NonFiniteError(ChatLoraError):
     exit_status = 1
-    title = "The loss or its gradient is not finite; nothing was updated"
+    title = "The loss or its gradient is not finite; this step updated nothing"
+
+    @classmethod
+    def at(cls, step: int, loss: float, grad_norm: float, places: Sequence[str]) -> Self:
+        """The error of step `step` (counted from 1), naming the rows of its batch."""
+        shown = ", ".join(places[:SHOWN]) + (f" and {len(places) - SHOWN} more" if len(places) > SHOWN else "")
+        return cls(
+            f"step {step}: loss {loss}, gradient norm {grad_norm}",
+            f"the rows of that batch: {shown}",
+            "look at these rows, or lower optim.learning_rate",
+        )
 
 
 class OutOfMemoryError(ChatLoraError):

@@ -1,0 +1,31 @@
+"""What a base model is, so that a run can say so and tell another one apart, without reading its weights."""
+
+import hashlib
+import struct
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+HASHED_WHOLE = ("config.json", "generation_config.json", "model.safetensors.index.json")
+
+
+def base_model_identity(base: PreTrainedModel) -> str:
+    """`commit:...` for a model of the hub, else `sha256:...` over its configuration, tensor headers and file sizes."""
+    commit = base.config._commit_hash
+    if commit:
+        return f"commit:{commit}"
+    folder = Path(base.name_or_path)
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*")):
+        if path.name in HASHED_WHOLE:
+            digest.update(path.name.encode() + path.read_bytes())
+        elif path.suffix == ".safetensors":
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + _header(path))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _header(path: Path) -> bytes:
+    """Names, dtypes, shapes and offsets of the tensors: https://github.com/huggingface/safetensors#format"""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        return file.read(size)

@@ -1,0 +1,118 @@
+"""Base models, tokenizers and adapters from a folder, the hub or the embedded model. No remote code, no pickle."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from chatlora.config import ModelConfig
+from chatlora.errors import ModelError
+from chatlora.model.demo import embedded_model
+
+EMBEDDED = "embedded:"
+
+
+def locate(name_or_path: str) -> str:
+    """What transformers is asked for: a local folder, or a name on the hub."""
+    if name_or_path.startswith(EMBEDDED):
+        return str(embedded_model(name_or_path))
+    return name_or_path
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with `model.chat_template` in place of its own template where that is set."""
+    tokenizer = _from_pretrained(AutoTokenizer, model)
+    if model.chat_template is not None:
+        try:
+            tokenizer.chat_template = model.chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"model.chat_template: {model.chat_template} cannot be read: {error}") from None
+    return tokenizer
+
+
+def load_base_model(model: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model in `dtype`, with transformers' own scaled-dot-product attention."""
+    base = _from_pretrained(AutoModelForCausalLM, model, dtype=dtype, use_safetensors=True, attn_implementation="sdpa")
+    assert base.dtype == dtype
+    return base
+
+
+def generation_stop_ids(model: ModelConfig) -> tuple[int, ...]:
+    """The stop tokens that the checkpoint's generation_config.json names; none where it has no such file."""
+    where = locate(model.name_or_path)
+    try:
+        config = GenerationConfig.from_pretrained(where, revision=model.revision, local_files_only=Path(where).is_dir())
+    except OSError:
+        return ()
+    ids = config.eos_token_id
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
+
+def load_for_inference(
+    run_dir_or_adapter: str | Path, *, merge: bool = False, dtype: torch.dtype | None = None
+) -> tuple[PeftModel | PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model with a trained adapter (folded into it where `merge`), in evaluation mode, and its tokenizer.
+
+    Takes a run directory or an adapter folder. Raises ModelError where there is no adapter. dtype: fp32 by default.
+    """
+    adapter = find_adapter(Path(run_dir_or_adapter))
+    base_name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = load_base_model(ModelConfig(name_or_path=base_name), dtype=dtype or torch.float32)
+    model = load_adapter(base, adapter)
+    tokenizer = _from_pretrained(AutoTokenizer, ModelConfig(name_or_path=str(adapter)))
+    return (model.merge_and_unload() if merge else model).eval(), tokenizer
+
+
+def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
+    """The base with an adapter on it, frozen, in fp32; every tensor of the adapter must find its place."""
+    model = PeftModel.from_pretrained(base, str(adapter), is_trainable=False, autocast_adapter_dtype=True)
+    return model.eval()
+
+
+def find_adapter(folder: Path) -> Path:
+    """The adapter in a run directory (its adapter/), or the folder itself."""
+    for candidate in (folder / "adapter", folder):
+        if (candidate / "adapter_config.json").is_file():
+            if not (candidate / "adapter_model.safetensors").is_file():
+                raise ModelError(f"{candidate} holds no adapter_model.safetensors (pickled adapters are not read)")
+            return candidate
+    raise ModelError(f"{folder} holds no adapter: a finished run has adapter/adapter_config.json in it")
+
+
+def _from_pretrained(auto: Any, model: ModelConfig, **arguments: Any) -> Any:
+    where = locate(model.name_or_path)
+    is_local = Path(where).is_dir()
+    if not is_local and (where.startswith((".", "/", "~")) or where.count("/") > 1):
+        raise ModelError(f"model.name_or_path: the folder {where} does not exist")
+    try:
+        return auto.from_pretrained(
+            where, revision=model.revision, local_files_only=is_local, trust_remote_code=False, **arguments
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_explain(where, is_local, auto, error)) from error
+
+
+def _explain(where: str, is_local: bool, auto: Any, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        return (
+            f"{where} comes with code of its own, which chatlora never runs. Use a checkpoint that transformers knows "
+            f"natively (for ChatGLM3 and GLM-4: one of the `glm` model type)"
+        )
+    if is_local:
+        what = "model" if auto in (AutoModelForCausalLM, AutoConfig) else "tokenizer"
+        return f"model.name_or_path: no {what} can be read from {where}: {reason}"
+    return (
+        f"model.name_or_path: {where} could not be fetched from the model hub. Ways on: set HF_ENDPOINT to a mirror that "
+        f"can be reached, give the path of a local folder, or use embedded:smollm2-135m-instruct. The reason was: {reason}"
+    )

@@ -1,0 +1,189 @@
+"""Everything that happens before the first step and after the last: from a Config to the actors of the loop, and back."""
+
+import json
+import shutil
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from chatlora.cache import cache_root
+from chatlora.config import Config
+from chatlora.config_files import Loaded
+from chatlora.data.batches import GlobalBatches
+from chatlora.data.dataset import ExampleSet, PreparedData, prepare_training_data, summary_lines
+from chatlora.data.rendering import Renderer
+from chatlora.errors import ConfigError, OutOfMemoryError
+from chatlora.model.attention import PACKED, why_not_packed
+from chatlora.model.identity import base_model_identity
+from chatlora.model.loading import generation_stop_ids, load_base_model, load_tokenizer
+from chatlora.model.lora import add_lora, describe_lora, save_adapter, trainable
+from chatlora.model.loss import TargetLoss
+from chatlora.run_directory import RunDirectory, claim
+from chatlora.training.runtime import Runtime
+from chatlora.training.timetable import Timetable
+
+PACKAGES = ("chatlora", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Actors:
+    """Who plays in the loop, and what is needed to put the adapter away after it."""
+
+    config: Config
+    runtime: Runtime
+    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
+    adapted: PeftModel
+    model: nn.Module  # TargetLoss around `adapted`, prepared for the engine
+    optimizer: torch.optim.Optimizer
+    batches: GlobalBatches
+    data: PreparedData
+
+    @property
+    def in_the_loop(self) -> tuple[nn.Module, torch.optim.Optimizer, GlobalBatches, ExampleSet, ExampleSet | None]:
+        return self.model, self.optimizer, self.batches, self.data.train, self.data.validation
+
+
+def open_run(loaded: Loaded, runtime: Runtime) -> tuple[Config, RunDirectory, bool]:
+    """The config with its run directory and date settled, the directory, and whether the run is finished already.
+
+    Rank 0 decides, from its own disk; the others are told.
+    """
+    lock, told = None, ""
+    if runtime.is_main:
+        (config, finished), lock = claim(loaded.config, loaded.name)
+        told = json.dumps({"config": config.as_dict(), "finished": finished})
+    answer = json.loads(runtime.share(told))
+    config = Config.model_validate(answer["config"])
+    assert config.run.output_dir is not None
+    run = RunDirectory(config.run.output_dir, lock=lock, peak_memory=runtime.peak_memory_bytes)
+    return config, run, answer["finished"]
+
+
+def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
+    """Data rendered and proved, the model loaded and probed, the adapter put on, everything handed to the engine."""
+    if not config.data.train:
+        raise ConfigError("data.train names no rows to train on: give a file, a folder or a data set of the hub")
+    run.say(f"run directory {run.path}")
+    run.say(f"{runtime.engine} on {runtime.hardware()}, {runtime.num_processes} process(es), {runtime.precision}")
+    tokenizer = load_tokenizer(config.model)
+    renderer, data = prepare_training_data(
+        config, tokenizer, generation_stop_ids(config.model), cache=cache_root(), say=run.say
+    )
+    for line in summary_lines(data.ledger):
+        run.say(line)
+    config = config.with_values("model", chat_template_kwargs=renderer.chat_template_kwargs)
+
+    base = load_base_model(config.model, dtype=runtime.dtype).to(runtime.device)
+    runtime = choose_layout(base, runtime, run)
+    identity = base_model_identity(base)
+    adapted = add_lora(base, config.lora, config.run.seed)
+    for line in describe_lora(adapted):
+        run.say(line)
+    if config.model.gradient_checkpointing:
+        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss = TargetLoss(adapted, autocast_dtype=runtime.autocast_dtype)
+    optimizer = torch.optim.AdamW(
+        list(trainable(loss).values()),
+        weight_decay=config.optim.weight_decay,
+        fused=runtime.device.type in ("cpu", "cuda"),
+    )
+    model, optimizer = runtime.prepare(loss, optimizer)
+
+    batches = GlobalBatches(
+        data.train.lengths,
+        data.train.num_targets,
+        config.optim.global_batch_size,
+        runtime.token_budget,
+        config.run.seed,
+        runtime.num_processes,
+        runtime.padded,
+    )
+    steps = Timetable(config.optim, batches.steps_per_epoch).num_steps
+    run.say(
+        f"{steps} steps of {config.optim.global_batch_size} examples, "
+        f"at most {runtime.token_budget:,} tokens a micro-batch"
+    )
+    run.begin(config, environment(config, runtime, renderer, data, identity), data.ledger, steps)
+    return Actors(config, runtime, tokenizer, renderer, adapted, model, optimizer, batches, data)
+
+
+def choose_layout(base: PreTrainedModel, runtime: Runtime, run: RunDirectory) -> Runtime:
+    """Packed where the loaded model computes the same packed, else right-padded; said once, with the reason."""
+    reason = why_not_packed(base, exact=runtime.dtype == torch.float32)
+    if reason is None:
+        base.set_attn_implementation(PACKED)
+        run.say("batches are packed: on this model, probed, conversations do not see each other and nothing is padded")
+        return runtime
+    run.say(f"batches are padded: this model cannot be packed here, {reason}")
+    return replace(runtime, padded=True)
+
+
+@contextmanager
+def out_of_memory_told(config: Config, runtime: Runtime) -> Iterator[None]:
+    """Out of memory becomes a sentence that names the setting to lower and its value."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        checkpointing = "" if config.model.gradient_checkpointing else ", set model.gradient_checkpointing true"
+        raise OutOfMemoryError(
+            f"a micro-batch of up to {runtime.token_budget:,} tokens does not fit. Lower "
+            f"optim.max_tokens_per_micro_batch (now {config.optim.max_tokens_per_micro_batch}; no lower than "
+            f"data.max_length, now {config.data.max_length}){checkpointing}, or lower data.max_length",
+            " ".join(str(error).split())[:300],
+        ) from error
+
+
+def put_away(actors: Actors, run: RunDirectory) -> None:
+    """The last step's adapter, with tokenizer, chat template, stop tokens and card, beside the run's other files."""
+    if not actors.runtime.is_main:
+        return
+    beside = run.path / ".adapter"
+    weights = {name: parameter.detach() for name, parameter in trainable(actors.adapted).items()}
+    save_adapter(actors.adapted, weights, beside)
+    actors.tokenizer.save_pretrained(beside)
+    generation = actors.adapted.get_base_model().generation_config
+    generation.eos_token_id = list(actors.renderer.stop_ids)
+    generation.save_pretrained(beside)
+    if run.adapter.exists():
+        shutil.rmtree(run.adapter)
+    beside.rename(run.adapter)
+    run.say(f"the adapter is in {run.adapter}")
+
+
+def environment(
+    config: Config, runtime: Runtime, renderer: Renderer, data: PreparedData, base_model: str
+) -> dict[str, Any]:
+    """What this run ran on and with: enough to tell two runs apart."""
+    return {
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "commit": _commit(),
+        "hardware": runtime.hardware(),
+        "engine": runtime.engine,
+        "num_processes": runtime.num_processes,
+        "precision": runtime.precision,
+        "padded": runtime.padded,
+        "threads": torch.get_num_threads(),
+        "base_model": base_model,
+        "rendering": renderer.fingerprint,
+        "data": data.fingerprint,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code runs from, if it is one."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    told = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return told.stdout.strip() or None
