@@ -15,18 +15,17 @@ import contextlib
 import functools
 import logging
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from chatlora.cache import cache_root
+from chatlora.config import Style
 from chatlora.errors import PredictionsError
 
-Style = Literal["chatlora", "chatglm3"]
 STYLES: tuple[Style, ...] = get_args(Style)
 MEASURES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")  # one number a sample; sacrebleu's is one a corpus
 
@@ -123,17 +122,12 @@ def _jieba() -> Any:
     # dictionary is cached under one name in the machine's shared temporary folder, where anybody could put another;
     # where ours cannot be written, jieba goes on without a cache.
     tokenizer = jieba.Tokenizer()
-    folder = _cache_folder() / f"jieba-{version('jieba')}"
+    folder = cache_root() / f"jieba-{version('jieba')}"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     tokenizer.tmp_dir = str(folder)
     tokenizer.initialize()
     return tokenizer
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("CHATLORA_CACHE") or Path(base) / "chatlora")
 
 
 # ---- ROUGE

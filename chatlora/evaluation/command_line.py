@@ -1,0 +1,153 @@
+"""The command line of evaluate.py -> a Request, or every mistake in it at once. No torch."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from chatlora.config import Config, Precision, Style
+from chatlora.config_files import config_from_file
+from chatlora.errors import ConfigError
+
+USAGE = """
+  accelerate launch evaluate.py RUN_DIR [--split test] [--compare base]
+  accelerate launch evaluate.py --model M [--adapter A] --data F [--compare base] [--output_dir D]
+  python evaluate.py --predictions FILE.jsonl          (needs no model)"""
+SPLITS = ("test", "validation")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to evaluate, and where the results go. Either `predictions` is set, or the rest says how to make them."""
+
+    config: Config
+    output_dir: Path
+    predictions: Path | None = None
+    adapter: Path | None = None
+    split: str = "test"
+    compare_base: bool = False
+    max_tokens_per_batch: int | None = None
+
+    @property
+    def base_output_dir(self) -> Path:
+        """Where the base model's results go: beside the adapter's, as NAME-base."""
+        return self.output_dir.with_name(self.output_dir.name + "-base")
+
+
+def parse(argv: Sequence[str]) -> Request:
+    """Raises ConfigError; `--help` and words that are no option leave through argparse, with exit status 0 and 2."""
+    given = parser().parse_args(list(argv))
+    problems = list(_conflicts(given))
+    if problems:
+        raise ConfigError(*problems)
+    if given.predictions is not None:
+        config = _with_overrides(Config(), given)
+        return Request(config, given.output_dir or Path("eval") / given.predictions.stem, given.predictions)
+    if given.run_dir is not None:
+        config, home = _config_of_run(given.run_dir), given.run_dir / "eval"
+        adapter = given.adapter or given.run_dir / "adapter"
+    else:
+        config, home, adapter = Config(), Path("eval"), given.adapter
+    config = _with_overrides(config, given)
+    if given.split == "test" and not config.data.test:
+        raise ConfigError(
+            f"{given.run_dir / 'config.yaml'}: data.test is not set, so there are no test rows: give them with "
+            "--data FILE"
+        )
+    return Request(
+        config,
+        given.output_dir or home / (given.data.stem if given.data else given.split),
+        adapter=adapter,
+        split=given.split,
+        compare_base=given.compare is not None,
+        max_tokens_per_batch=given.max_tokens_per_batch,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    words = argparse.ArgumentParser("evaluate.py", usage=USAGE, allow_abbrev=False, add_help=True)
+    words.add_argument(
+        "run_dir", nargs="?", type=Path, metavar="RUN_DIR", help="a finished run: its adapter is evaluated"
+    )
+    words.add_argument("--model", metavar="M", help="a folder, a model of the hub, or embedded:smollm2-135m-instruct")
+    words.add_argument("--adapter", type=Path, metavar="A", help="a PEFT adapter's folder [RUN_DIR/adapter]")
+    words.add_argument("--data", type=Path, metavar="F", help="the rows to evaluate on [data.test of the run]")
+    words.add_argument("--split", choices=SPLITS, default="test", help="which rows of the run [test]")
+    words.add_argument(
+        "--compare", choices=["base"], help="generate with the base model too, and show both side by side"
+    )
+    words.add_argument(
+        "--predictions", type=Path, metavar="FILE.jsonl", help="score these: prediction, reference a line"
+    )
+    words.add_argument("--output_dir", type=Path, metavar="D", help="[RUN_DIR/eval/SPLIT; without a run, eval/STEM]")
+    settings = words.add_argument_group("settings, in place of the run's own")
+    settings.add_argument("--style", choices=get_args(Style), help="how ROUGE and BLEU are computed [chatlora]")
+    settings.add_argument("--max_new_tokens", type=_positive, metavar="N", help="longest answer, in tokens [512]")
+    settings.add_argument("--max_prompt_length", type=_positive, metavar="N", help="longest prompt [data.max_length]")
+    settings.add_argument("--system", metavar="TEXT", help="system prompt of conversations that have none")
+    settings.add_argument("--chat_template", type=Path, metavar="FILE", help="a Jinja file, for a model without one")
+    settings.add_argument("--precision", choices=get_args(Precision), help="of the base model [auto]")
+    settings.add_argument(
+        "--max_tokens_per_batch",
+        type=_positive,
+        metavar="N",
+        help="prompts and answers of one batch, padding included [what half of the free memory takes, 2 GiB on CPU]",
+    )
+    return words
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def _conflicts(given: argparse.Namespace) -> list[str]:
+    sources = {"RUN_DIR": given.run_dir, "--model": given.model, "--predictions": given.predictions}
+    named = [name for name, value in sources.items() if value is not None]
+    problems = []
+    if len(named) != 1:
+        found = f"{' and '.join(named)} were given together" if named else "nothing was named"
+        problems.append(f"one thing is evaluated at a time: RUN_DIR, --model or --predictions; {found}")
+    if given.model is not None and given.data is None:
+        problems.append("--model needs --data FILE: the rows to evaluate on")
+    if given.model is not None and given.split != "test":
+        problems.append(f"--split {given.split} belongs to a RUN_DIR; with --model the rows are those of --data")
+    if given.model is not None and given.adapter is None and given.compare:
+        problems.append("--compare base compares an adapter with its base model: give --adapter, or leave it out")
+    if given.predictions is not None:
+        unused = ("adapter", "data", "compare", "max_new_tokens", "max_prompt_length", "system", "chat_template")
+        problems += [f"--{name} has no use with --predictions: leave it out" for name in unused if getattr(given, name)]
+    return problems
+
+
+def _config_of_run(run_dir: Path) -> Config:
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir} is not a folder: give a run directory, or a model with --model M --data F")
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(
+            f"{run_dir} is no run directory (it holds no config.yaml); for a model use --model M --data F"
+        )
+    return config_from_file(run_dir / "config.yaml")
+
+
+def _with_overrides(config: Config, given: argparse.Namespace) -> Config:
+    """Checked anew by pydantic: `model_copy` alone would take anything."""
+    places = {
+        "model": ("model", "name_or_path"),
+        "chat_template": ("model", "chat_template"),
+        "system": ("data", "system"),
+        "data": ("data", "test"),
+        "style": ("evaluation", "style"),
+        "max_new_tokens": ("evaluation", "max_new_tokens"),
+        "max_prompt_length": ("evaluation", "max_prompt_length"),
+        "precision": ("run", "precision"),
+    }
+    values: dict[str, dict[str, Any]] = config.as_dict()
+    for option, (section, field) in places.items():
+        value = getattr(given, option)
+        if value is not None:
+            values[section][field] = str(value) if isinstance(value, Path) else value
+    return Config.model_validate(values)

@@ -1,0 +1,194 @@
+"""Samples -> left-padded batches -> predictions.
+
+B: prompts of a batch, P: tokens of its longest prompt, N: tokens generated for it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from chatlora.data.collate import pad_left
+from chatlora.data.dataset import EvalSample
+from chatlora.evaluation.predictions import Prediction, append_predictions
+
+Model = PreTrainedModel | PeftModel
+
+MAX_ROWS = {"cpu": 32, "cuda": 256}  # more prompts at a time gain nothing on CPU: the products are large enough
+CPU_CACHE_BYTES = 2 * 2**30
+CUDA_CACHE_SHARE = 0.5  # of the memory that is free once the model is there
+
+
+def greedy_settings(max_new_tokens: int, stop_ids: Sequence[int], pad_token_id: int) -> GenerationConfig:
+    """The most likely token each time, until one of `stop_ids` or the longest answer allowed."""
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stop_ids),
+        pad_token_id=pad_token_id,
+        use_cache=True,
+    )
+
+
+@contextmanager
+def only_these_settings(model: Model) -> Iterator[None]:
+    """Within, `generate` takes every setting from the GenerationConfig it is given.
+
+    Whatever that leaves open, transformers fills in from the model's own generation_config, which may sample, punish
+    repetition or forbid tokens. Scores would then depend on a file that nobody looked at.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = base.generation_config
+    base.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
+
+
+def all_stop_ids(model: Model, tokenizer: PreTrainedTokenizerBase, template_stop_ids: Sequence[int]) -> list[int]:
+    """Everything that ends a turn: what the template ends one with, and the eos of tokenizer and generation_config.
+
+    One of them alone is often not enough: GLM's role tokens stand in generation_config only, a base model's tokenizer
+    does not know the template's end of turn. A turn that does not end costs the longest answer and spoils the score.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = base.generation_config.eos_token_id
+    own_ids = [own] if isinstance(own, int) else own or []
+    tokenizer_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return sorted({*template_stop_ids, *own_ids, *tokenizer_ids})
+
+
+# ---- batches
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What one batch may hold: `tokens` in the key/value cache (prompts and answers, padding included), and `rows`."""
+
+    tokens: int
+    rows: int
+
+
+def batch_budget(model: Model, device: torch.device) -> Budget:
+    """As much as the memory for the key/value cache takes: half of what is free on a GPU, 2 GiB on CPU."""
+    text = model.config.get_text_config(decoder=True).to_dict()
+    num_heads = text["num_attention_heads"]
+    head_size = text.get("head_dim") or text["hidden_size"] // num_heads
+    num_values = 2 * text["num_hidden_layers"] * (text.get("num_key_value_heads") or num_heads) * head_size
+    free = CPU_CACHE_BYTES
+    if device.type == "cuda":
+        free = int(CUDA_CACHE_SHARE * torch.cuda.mem_get_info(device)[0])
+    return Budget(tokens=max(1, free // (num_values * model.dtype.itemsize)), rows=MAX_ROWS.get(device.type, 32))
+
+
+def expected_length(sample: EvalSample, max_new_tokens: int) -> int:
+    """Tokens of the longest reference: what a model that has learned the task will generate."""
+    return min(max_new_tokens, max(len(reference) for reference in sample.references))
+
+
+def group(samples: Sequence[EvalSample], budget: Budget, max_new_tokens: int) -> list[list[EvalSample]]:
+    """Batches of like length, the longest first, each within the budget even if every answer grows to its limit.
+
+    A batch runs until its longest answer ends, so samples are sorted by the expected answer, then by the prompt.
+    """
+    batches: list[list[EvalSample]] = []
+    longest_prompt = 0
+    for sample in sorted(
+        samples, key=lambda sample: (-expected_length(sample, max_new_tokens), -len(sample.input_ids), sample.id)
+    ):
+        longest_prompt = max(longest_prompt, len(sample.input_ids))
+        rows = len(batches[-1]) + 1 if batches else 0
+        if not batches or rows > budget.rows or rows * (longest_prompt + max_new_tokens) > budget.tokens:
+            batches.append([])
+            longest_prompt = len(sample.input_ids)
+        batches[-1].append(sample)
+    return batches
+
+
+def cost(batch: Sequence[EvalSample], max_new_tokens: int) -> int:
+    """Tokens that a batch makes the model process, padding included: what shares and progress are measured in."""
+    longest_prompt = max(len(sample.input_ids) for sample in batch)
+    return len(batch) * (longest_prompt + max(expected_length(sample, max_new_tokens) for sample in batch))
+
+
+def collate(batch: Sequence[EvalSample], pad_token_id: int) -> dict[str, Any]:
+    """input_ids, attention_mask: [B, P]; beside them `samples` and `output_ids`, which no model may see."""
+    inputs = pad_left([sample.input_ids for sample in batch], pad_token_id)
+    return {
+        **inputs,
+        "samples": list(batch),
+        "output_ids": [sample.references for sample in batch],
+    }
+
+
+# ---- results
+
+
+class Results:
+    """Turns generated ids into predictions and has them on disk before the next batch."""
+
+    def __init__(
+        self,
+        path: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Sequence[int],
+        on_batch: Callable[[Sequence[Prediction], int], None] = lambda predictions, num_tokens: None,
+    ) -> None:
+        """on_batch: told of each batch's predictions and generated tokens once they are on disk."""
+        self.path = path
+        self.tokenizer = tokenizer
+        self.on_batch = on_batch
+        self.stop_ids = frozenset(stop_ids)
+        self.control_ids = control_ids(tokenizer) | self.stop_ids
+
+    def append(
+        self, samples: Sequence[EvalSample], generated: torch.Tensor, references: Sequence[Sequence[Sequence[int]]]
+    ) -> None:
+        """generated: [B, N], the new ids, anything after a row's first stop token being padding."""
+        answers = [until_stop(row, self.stop_ids) for row in generated.tolist()]
+        predictions = [self._prediction(*row) for row in zip(samples, answers, references, strict=True)]
+        append_predictions(self.path, predictions)
+        self.on_batch(predictions, sum(len(ids) for ids, _ in answers))
+
+    def _prediction(
+        self, sample: EvalSample, answer: tuple[Sequence[int], bool], references: Sequence[Sequence[int]]
+    ) -> Prediction:
+        ids, stopped = answer
+        texts = [self._text(reference) for reference in references]
+        return Prediction(
+            id=sample.id,
+            turn=sample.turn,
+            prompt=self._raw(sample.input_ids),
+            prediction=self._text(ids),
+            prediction_raw=self._raw(ids),
+            reference=texts if len(texts) > 1 else texts[0],
+            stop_reason="stop" if stopped else "length",
+        )
+
+    def _text(self, ids: Sequence[int]) -> str:
+        # By id: the same spelling typed as text is made of other ids, and stays.
+        return self._raw([token for token in ids if token not in self.control_ids])
+
+    def _raw(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def until_stop(ids: Sequence[int], stop_ids: frozenset[int]) -> tuple[list[int], bool]:
+    """The ids up to and with the first stop token, and whether there was one."""
+    for index, token in enumerate(ids):
+        if token in stop_ids:
+            return list(ids[: index + 1]), True
+    return list(ids), False
+
+
+def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that steer and are no text. Added ones that a reply is made of (`<tool_call>`, `<think>`) do not count."""
+    added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
+    return frozenset(added | set(tokenizer.all_special_ids))

@@ -1,0 +1,65 @@
+"""Say what a model answers to held-out conversations, and score it. `python evaluate.py --help` lists the ways.
+
+The generation pass is `generate`, just below. Everything heavy is imported where it is needed, so that scoring a file
+of predictions needs no torch, and importing this file does nothing.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from chatlora.errors import run_as_script
+from chatlora.evaluation.command_line import Request, parse
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+    from chatlora.evaluation.generation import Model, Results
+    from chatlora.training.runtime import Runtime
+
+
+def generate(
+    runtime: "Runtime",
+    model: "Model",
+    batches: "Iterable[dict[str, Any]]",
+    settings: "GenerationConfig",
+    results: "Results",
+) -> None:
+    for batch in batches:
+        samples, references = batch.pop("samples"), batch.pop("output_ids")  # the model never sees the references
+        output = model.generate(**runtime.to_device(batch), generation_config=settings)
+        generated = output[:, batch["input_ids"].shape[1] :]  # the prompt is trimmed
+        results.append(samples, generated, references)  # on disk before the next batch
+
+
+def main(argv: Sequence[str]) -> None:
+    request = parse(argv)
+    if request.predictions is not None:
+        score_file(request)
+
+
+def score_file(request: Request) -> None:
+    """Score predictions that were made anywhere."""
+    from rich.console import Console
+
+    from chatlora.evaluation.console import show_samples, show_scores
+    from chatlora.evaluation.predictions import read_predictions
+    from chatlora.evaluation.scoring import score_into, told_in
+
+    assert request.predictions is not None
+    predictions = read_predictions(request.predictions)
+    with told_in(request.output_dir):
+        scored, scores = score_into(
+            request.output_dir,
+            predictions,
+            request.config.evaluation.style,
+            {"predictions": str(request.predictions)},
+        )
+    console = Console()
+    show_samples(console, {"prediction": scored})
+    show_scores(console, {request.predictions.stem: scores})
+    console.print(f"written to {request.output_dir}", highlight=False)
+
+
+if __name__ == "__main__":
+    run_as_script(main)

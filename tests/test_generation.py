@@ -1,0 +1,313 @@
+"""Generation: batched equals one by one, greedy whatever the model says, every stop token, control tokens by id."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as trials
+from hypothesis import strategies as st
+from tiny_models import chatml_tokenizer, tiny_llama
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from chatlora.data.collate import pad_left
+from chatlora.data.dataset import EvalSample
+from chatlora.errors import LaunchError, PredictionsError
+from chatlora.evaluation import generation
+from chatlora.evaluation.generation import (
+    Budget,
+    Results,
+    all_stop_ids,
+    batch_budget,
+    collate,
+    cost,
+    greedy_settings,
+    group,
+    only_these_settings,
+)
+from chatlora.evaluation.predictions import Prediction, read_predictions, read_written_so_far
+from chatlora.evaluation.shares import collect, hand_over, open_part, remove_parts, share
+from evaluate import generate
+
+MAX_NEW_TOKENS = 24
+NEARLY_EQUAL = 1e-4  # where the two best logits are this close, rounding may decide
+WIDE = Budget(tokens=10**9, rows=8)
+
+
+class HostRuntime:
+    """The one verb that `generate` needs, for a model that lies in main memory."""
+
+    def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return chatml_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return tiny_llama(len(tokenizer))
+
+
+def samples_of(prompts: Sequence[Sequence[int]], references: Sequence[Sequence[int]] | None = None) -> list[EvalSample]:
+    return [
+        EvalSample(
+            id=index,
+            place=f"rows.jsonl:{index + 1}",
+            turn=0,
+            input_ids=list(prompt),
+            references=[list(references[index]) if references else [65] * (1 + index % 5)],
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def random_prompts(count: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
+    draws = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 60, (count,), generator=draws).tolist()
+    return [torch.randint(0, vocab_size - 10, (length,), generator=draws).tolist() for length in lengths]
+
+
+def run(
+    path: Path,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    samples: Sequence[EvalSample],
+    stop_ids: Sequence[int],
+    budget: Budget = WIDE,
+) -> list[Prediction]:
+    """The whole pass, in the samples' order."""
+    path.unlink(missing_ok=True)
+    batches = (collate(batch, 300) for batch in group(samples, budget, MAX_NEW_TOKENS))
+    with only_these_settings(model):
+        generate(
+            HostRuntime(),  # type: ignore[arg-type]
+            model,
+            batches,
+            greedy_settings(MAX_NEW_TOKENS, stop_ids, 300),
+            Results(path, tokenizer, stop_ids),
+        )
+    order = {sample.id: place for place, sample in enumerate(samples)}
+    return sorted(read_written_so_far(path), key=lambda prediction: order[prediction.id])
+
+
+def one_by_one(
+    model: LlamaForCausalLM, prompt: Sequence[int], stop_ids: Sequence[int]
+) -> tuple[list[int], list[float]]:
+    """Greedy ids from whole forward passes without a cache, and how far apart the two best logits were each time."""
+    ids, gaps = list(prompt), []
+    for _ in range(MAX_NEW_TOKENS):
+        with torch.no_grad():
+            best = model(torch.tensor([ids]), use_cache=False).logits[0, -1].topk(2)
+        gaps.append(float(best.values[0] - best.values[1]))
+        ids.append(int(best.indices[0]))
+        if ids[-1] in stop_ids:
+            break
+    return ids[len(prompt) :], gaps
+
+
+class Recorder(Results):
+    """Results that also keep the ids, which predictions.jsonl does not hold."""
+
+    def append(self, samples: Any, generated: torch.Tensor, references: Any) -> None:
+        self.rows = getattr(self, "rows", {}) | {
+            sample.id: generation.until_stop(row, self.stop_ids)[0]
+            for sample, row in zip(samples, generated.tolist(), strict=True)
+        }
+        super().append(samples, generated, references)
+
+
+def differing_samples(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, samples: Sequence[EvalSample], path: Path
+) -> list[Any]:
+    stop_ids = [76, 258, 302]  # frequent enough that rows of one batch end at different lengths
+    results = Recorder(path, tokenizer, stop_ids)
+    batches = (collate(batch, 300) for batch in group(samples, WIDE, MAX_NEW_TOKENS))
+    with only_these_settings(model):
+        generate(HostRuntime(), model, batches, greedy_settings(MAX_NEW_TOKENS, stop_ids, 300), results)  # type: ignore[arg-type]
+    different = []
+    for sample in samples:
+        expected, gaps = one_by_one(model, sample.input_ids, stop_ids)
+        found = results.rows[sample.id]
+        first = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), None)
+        if first is None and len(expected) == len(found):
+            continue
+        if first is not None and gaps[first] < NEARLY_EQUAL:
+            warnings.warn(f"sample {sample.id}: a tie of {gaps[first]:.1e} at token {first}", stacklevel=1)
+            continue
+        different.append(sample.id)
+    return different
+
+
+def test_batched_equals_one_by_one_token_for_token(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    samples = samples_of(random_prompts(20, len(tokenizer)))
+    assert differing_samples(model, tokenizer, samples, tmp_path / "predictions.jsonl") == []
+    lengths = {len(line.prediction_raw or "") for line in read_predictions(tmp_path / "predictions.jsonl")}
+    assert len(lengths) > 5
+
+
+def _padded_on_the_right(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    flipped = pad_left([prompt[::-1] for prompt in prompts], pad_token_id)
+    return {name: tensor.flip(1) for name, tensor in flipped.items()}
+
+
+def _without_a_mask(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    inputs = pad_left(prompts, pad_token_id)
+    return {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])}
+
+
+@pytest.mark.parametrize("broken", [_padded_on_the_right, _without_a_mask])
+def test_wrong_padding_is_caught(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: Callable[..., Any],
+) -> None:
+    monkeypatch.setattr(generation, "pad_left", broken)
+    samples = samples_of(random_prompts(20, len(tokenizer)))
+    assert differing_samples(model, tokenizer, samples, tmp_path / "predictions.jsonl") != []
+
+
+def test_a_model_that_samples_and_forbids_is_still_greedy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    samples = samples_of(random_prompts(6, len(tokenizer)))
+    plain = run(tmp_path / "plain.jsonl", model, tokenizer, samples, [302])
+    unruly = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=3.0, suppress_tokens=list(range(150)))
+    own, model.generation_config = model.generation_config, unruly
+    try:
+        assert run(tmp_path / "unruly.jsonl", model, tokenizer, samples, [302]) == plain
+        assert model.generation_config is unruly
+        # What the guard is for: a GenerationConfig alone leaves the model's own settings in force.
+        alone = model.generate(torch.tensor([samples[0].input_ids]), generation_config=greedy_settings(24, [302], 300))
+        assert tokenizer.decode(alone[0, len(samples[0].input_ids) :]) != plain[0].prediction_raw
+    finally:
+        model.generation_config = own
+
+
+def test_the_stop_set_is_full(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    own, model.generation_config = model.generation_config, GenerationConfig(eos_token_id=[76, 258])
+    try:
+        assert all_stop_ids(model, tokenizer, [301]) == [76, 258, 301, 302]
+        model.generation_config = GenerationConfig(eos_token_id=258)
+        assert all_stop_ids(model, tokenizer, []) == [258, 302]
+    finally:
+        model.generation_config = own
+    samples = samples_of(random_prompts(12, len(tokenizer)))
+    free = run(tmp_path / "free.jsonl", model, tokenizer, samples, [302])
+    stops = one_by_one(model, samples[0].input_ids, [])[0][5:7]
+    for stop in stops:
+        [stopped] = run(tmp_path / "stopped.jsonl", model, tokenizer, samples[:1], [302, *stops])
+        assert stopped.stop_reason == "stop"
+        assert (free[0].prediction_raw or "").startswith(stopped.prediction_raw or "?")
+        assert tokenizer.decode([stop]) not in stopped.prediction
+    assert {prediction.stop_reason for prediction in free} == {"length"}
+
+
+def test_the_model_never_sees_the_references(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    prompts = random_prompts(6, len(tokenizer))
+    ones = run(tmp_path / "a.jsonl", model, tokenizer, samples_of(prompts, [[65]] * 6), [302])
+    others = run(tmp_path / "b.jsonl", model, tokenizer, samples_of(prompts, [[66] * 9] * 6), [302])
+    assert [one.prediction_raw for one in ones] == [other.prediction_raw for other in others]
+    assert [one.reference for one in ones] != [other.reference for other in others]
+
+
+def test_control_tokens_go_by_id_and_typed_spellings_stay(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    typed = [token for char in "<|im_end|>" for token in tokenizer(char)["input_ids"]]
+    assert 302 not in typed
+    answer = torch.tensor([[301, *typed, 303, *tokenizer("你好")["input_ids"], 302, 300, 300]])
+    sample = samples_of([[70, 71]], [[*typed, 302]])
+    results = Results(tmp_path / "predictions.jsonl", tokenizer, [302])
+    results.append(sample, answer, [sample[0].references])
+    [prediction] = read_predictions(tmp_path / "predictions.jsonl")
+    assert prediction.prediction == "<|im_end|><tool_call>你好"
+    assert prediction.prediction_raw == "<|im_start|><|im_end|><tool_call>你好<|im_end|>"
+    assert prediction.reference == "<|im_end|>"
+    assert prediction.stop_reason == "stop"
+
+
+def test_several_references_are_a_list_and_one_is_a_string(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    words = [tokenizer(text)["input_ids"] for text in ("a", "place", "city")]
+    sample = EvalSample(id=0, place="rows.jsonl:1", turn=0, input_ids=words[0], references=words)
+    results = Results(tmp_path / "predictions.jsonl", tokenizer, [302])
+    results.append([sample], torch.tensor([[*words[1]]]), [sample.references])
+    results.append([sample], torch.tensor([[*words[1]]]), [words[2:]])
+    several, one = read_predictions(tmp_path / "predictions.jsonl")
+    assert (several.reference, one.reference) == (["a", "place", "city"], "city")
+    assert several.stop_reason == "length"
+
+
+@trials(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 200), st.integers(1, 60)), min_size=1, max_size=40),
+    st.integers(100, 2000),
+    st.integers(1, 9),
+    st.integers(1, 5),
+)
+def test_every_sample_is_in_one_batch_of_one_process_within_the_budget(
+    lengths: list[tuple[int, int]], tokens: int, rows: int, num_processes: int
+) -> None:
+    samples = samples_of([[1] * prompt for prompt, _ in lengths], [[1] * answer for _, answer in lengths])
+    batches = group(samples, Budget(tokens, rows), MAX_NEW_TOKENS)
+    for batch in batches:
+        longest = max(len(sample.input_ids) for sample in batch)
+        assert len(batch) == 1 or (len(batch) <= rows and len(batch) * (longest + MAX_NEW_TOKENS) <= tokens)
+    shares = [
+        share(batches, lambda batch: cost(batch, MAX_NEW_TOKENS), rank, num_processes) for rank in range(num_processes)
+    ]
+    dealt = [sample.id for part in shares for batch in part for sample in batch]
+    assert sorted(dealt) == list(range(len(samples)))
+    loads = [sum(cost(batch, MAX_NEW_TOKENS) for batch in part) for part in shares]
+    assert max(loads) - min(loads) <= max(cost(batch, MAX_NEW_TOKENS) for batch in batches)
+
+
+def test_the_budget_follows_from_the_size_of_the_cache(model: LlamaForCausalLM) -> None:
+    bytes_per_token = 2 * 2 * 2 * 16 * 4  # keys and values, layers, key/value heads, head size, fp32
+    assert batch_budget(model, torch.device("cpu")).tokens == 2 * 2**30 // bytes_per_token
+
+
+def test_parts_of_several_processes_come_together_in_order(tmp_path: Path) -> None:
+    wanted = [(index, 0) for index in range(5)]
+    parts = [open_part(tmp_path, rank, 2, lambda: None) for rank in (0, 1)]
+    predictions = [Prediction(id=index, turn=turn, prediction="p", reference="r") for index, turn in wanted]
+    for index in (4, 1, 0, 3, 2):
+        generation.append_predictions(parts[index % 2], [predictions[index]])
+    hand_over(parts[0])
+    hand_over(parts[1])
+    assert collect(tmp_path, 2, wanted) == predictions
+    with pytest.raises(PredictionsError, match="1 of 6 samples have no prediction"):
+        collect(tmp_path, 2, [*wanted, (5, 0)])
+    with pytest.raises(PredictionsError, match="belong to no sample"):
+        collect(tmp_path, 2, wanted[:4])
+    generation.append_predictions(parts[0], [predictions[4], predictions[4]])
+    with pytest.raises(PredictionsError, match="predicted twice"):
+        collect(tmp_path, 2, wanted)
+    remove_parts(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
+
+
+def test_a_folder_that_other_machines_do_not_see_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="process 1 of 2 does not see"):
+        open_part(tmp_path, 1, 2, lambda: None)
+
+
+def test_a_half_written_last_line_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    kept = [Prediction(id=index, prediction="好\ud83d\u2028", reference=["a", "b"]) for index in range(2)]
+    generation.append_predictions(path, kept)
+    whole = path.read_bytes()
+    for size in range(len(whole) // 2 + 1, len(whole)):
+        path.write_bytes(whole[:size])
+        assert read_written_so_far(path) == kept[:1]
+    path.write_bytes(whole)
+    assert read_written_so_far(path) == read_predictions(path) == kept
