@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import: not for `--h
     from chatlora.run_directory import RunDirectory
     from chatlora.training.runtime import Runtime
 
-USAGE = """usage: accelerate launch [--config_file accelerate_configs/X.yaml] train.py [PRESET | FILE.yaml] [--section.field VALUE ...]
+USAGE = """usage: accelerate launch [--config_file FILE] train.py [PRESET | FILE.yaml] [--section.field VALUE ...]
 
 Trains a LoRA adapter on the assistant's turns of conversations. Without an argument: the preset `demo`, a small real
 model on a small real data set, minutes on a laptop's CPU. A run's own config.yaml continues or repeats it."""

@@ -1,0 +1,29 @@
+"""LoRA fine-tuning for chat models: one visible loop, proved masks, honest numbers.
+
+The names below are the Python face. They are imported when first used, so that `import chatlora` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from chatlora.data.formats import parse_row
+    from chatlora.data.rendering import render, render_for_evaluation
+    from chatlora.evaluation.metrics import score
+    from chatlora.model.loading import load_for_inference
+
+__all__ = ["load_for_inference", "parse_row", "render", "render_for_evaluation", "score"]
+
+_HOMES = {
+    "load_for_inference": "chatlora.model.loading",
+    "parse_row": "chatlora.data.formats",
+    "render": "chatlora.data.rendering",
+    "render_for_evaluation": "chatlora.data.rendering",
+    "score": "chatlora.evaluation.metrics",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'chatlora' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)

@@ -42,8 +42,8 @@ class Claim(NamedTuple):
 def claim(config: Config, name: str) -> tuple[Claim, FileLock]:
     """Settle the run's directory and lock it against a second run. For rank 0 alone.
 
-    `run.output_dir: null` means runs/NAME-HASH, so that the same config goes on with its own run. Raises ConfigError where
-    a named directory holds a run with another trajectory, LaunchError where another process trains in it.
+    `run.output_dir: null` means runs/NAME-HASH, so that the same config goes on with its own run. Raises ConfigError
+    where a named directory holds a run with another trajectory, LaunchError where another process trains in it.
     """
     path = config.run.output_dir or Path("runs") / f"{name}-{trajectory_hash(config)}"
     config = config.with_values("run", output_dir=path)

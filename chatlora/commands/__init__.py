@@ -1,0 +1,25 @@
+"""`chatlora NAME ...`: each command in a file of its own, imported when it is called."""
+
+from collections.abc import Sequence
+from importlib import import_module
+
+from chatlora.errors import ConfigError, did_you_mean, run_as_script
+
+COMMANDS = {"schema": "print the JSON schema of a config file, from which editors complete"}
+USAGE = "usage: chatlora COMMAND ...\n\n" + "\n".join(f"  {name:<10} {meaning}" for name, meaning in COMMANDS.items())
+
+
+def main() -> None:
+    run_as_script(dispatch)
+
+
+def dispatch(argv: Sequence[str]) -> None:
+    """Call the command that the first word names with the words after it."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    name, *rest = argv
+    if name not in COMMANDS:
+        hint = did_you_mean(name, COMMANDS) or f"; there is {', '.join(COMMANDS)}"
+        raise ConfigError(f"there is no command '{name}'{hint}")
+    import_module(f"chatlora.commands.{name}").run(rest)

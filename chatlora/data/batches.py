@@ -1,7 +1,7 @@
 """Which examples make up step s, and who computes them.
 
-Everything here is a pure function of (lengths, target counts, settings, step): nothing is stored and nothing is asked of
-other ranks. Which examples form a step does not depend on the number of processes.
+A batch is a pure function of (lengths, target counts, settings, step): nothing is stored and nothing is asked of other
+ranks. Which examples form a step does not depend on the number of processes.
 """
 
 import heapq
@@ -83,7 +83,7 @@ class GlobalBatches:
 def in_order(
     lengths: np.ndarray, token_budget: int, num_processes: int, padded: bool
 ) -> Iterator[tuple[tuple[Indices, ...], ...]]:
-    """All examples once, as a validation pass takes them: batches of 1,024 examples, each dealt to ranks and micro-batches."""
+    """All examples once, 1,024 at a time, each lot dealt to ranks and micro-batches: a validation pass."""
     for start in range(0, len(lengths), 1024):
         chosen = np.arange(start, min(start + 1024, len(lengths)))
         yield deal(chosen, lengths[chosen], token_budget, num_processes, padded)

@@ -35,7 +35,10 @@ def pack(examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def pad_right(examples: Sequence[Example]) -> dict[str, Any]:
-    """input_ids, labels: [B, P], padded on the right. No mask: a causal model never looks right, and padding is no target."""
+    """input_ids, labels: [B, P], padded on the right.
+
+    No mask: a causal model never looks to the right, and padding is no target.
+    """
     examples = examples or [FILLER]
     longest = max(len(example.input_ids) for example in examples)
     return {

@@ -45,8 +45,8 @@ def packed_attention(
     """Causal attention within each packed conversation.
 
     query: [1, H, T, D]; key, value: [1, K, T, D] -> [1, T, H, D]. cu_seq_lens_q: int32 [B + 1], the boundaries.
-    sliding_window: a token sees itself and the `sliding_window - 1` tokens before it. Raises NotPackable where the model
-    asks for anything else.
+    sliding_window: a token sees itself and the `sliding_window - 1` tokens before it. Raises NotPackable where the
+    model asks for anything else.
     """
     unknown = sorted(name for name, given in others.items() if given is not None and name not in HARMLESS)
     if unknown:
@@ -141,7 +141,7 @@ def why_not_packed(model: PreTrainedModel, *, exact: bool) -> str | None:
         together = _logits(model, _packed(first, second))
         changed = _logits(model, _packed(other, second))
     except (NotPackable, NotImplementedError, ImportError, TypeError, ValueError, RuntimeError) as refusal:
-        # RuntimeError and ValueError too: models with recurrent layers raise them where their packed kernels are missing.
+        # The last two: what models with recurrent layers raise where their packed kernels are missing.
         return f"{refusal}".splitlines()[0]
     finally:
         model.set_attn_implementation(own)

@@ -113,6 +113,7 @@ def _explain(where: str, is_local: bool, auto: Any, error: Exception) -> str:
         what = "model" if auto in (AutoModelForCausalLM, AutoConfig) else "tokenizer"
         return f"model.name_or_path: no {what} can be read from {where}: {reason}"
     return (
-        f"model.name_or_path: {where} could not be fetched from the model hub. Ways on: set HF_ENDPOINT to a mirror that "
-        f"can be reached, give the path of a local folder, or use embedded:smollm2-135m-instruct. The reason was: {reason}"
+        f"model.name_or_path: {where} could not be fetched from the model hub. Ways on: set HF_ENDPOINT to a mirror "
+        f"that can be reached, give the path of a local folder, or use embedded:smollm2-135m-instruct. "
+        f"The reason was: {reason}"
     )

@@ -15,7 +15,7 @@ from chatlora.errors import ModelError, did_you_mean
 
 
 def add_lora(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
-    """The base model, frozen, with a fresh adapter in fp32 whatever the base is. The same seed gives the same adapter."""
+    """The base model, frozen, with a fresh adapter in fp32 whatever the base is; the same for the same seed."""
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     settings = PeftLoraConfig(
         r=lora.rank,

@@ -3,12 +3,11 @@
 T: tokens of a micro-batch; N: targets among them; E: hidden size; V: vocabulary.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional
 from torch.nn.modules import LinearCrossEntropyOptions
@@ -62,6 +61,12 @@ class TargetLoss(nn.Module):
         causal.config.use_cache = False  # with a cache, packed conversations silently see each other
         self._no_split_modules = causal._no_split_modules  # FSDP2's wrap policy reads it here
         self.fused = head_is_plain(causal)
+        if autocast_dtype is not None:
+            # Autocast casts inputs itself: the same bits, and two copies less a linear layer than PEFT's own casts.
+            # For good and not only within `forward`: gradient checkpointing runs layers again in the backward pass.
+            for module in model.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module.cast_input_dtype_enabled = False
         if self.fused:
             causal.set_output_embeddings(LossHead(causal.get_output_embeddings()))
 
@@ -70,7 +75,7 @@ class TargetLoss(nn.Module):
         predicts = labels[:, 1:] != IGNORE_INDEX  # position i predicts token i + 1
         targets = labels[:, 1:][predicts]
         keep = functional.pad(predicts, (0, 1))
-        with self._precision():
+        with torch.autocast(labels.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             return self._loss(input_ids, keep, targets, arguments)
 
     def _loss(
@@ -83,28 +88,6 @@ class TargetLoss(nn.Module):
             return loss
         logits = causal(input_ids=input_ids, use_cache=False, logits_to_keep=keep, **arguments).logits
         return functional.cross_entropy(logits.float(), targets, reduction="sum")
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self.autocast_dtype is None:
-            return nullcontext()
-        stack = _Both(
-            torch.autocast(next(self.parameters()).device.type, self.autocast_dtype),
-            disable_input_dtype_casting(self.model),  # bit-identical inside autocast, two copies less a linear layer
-        )
-        return stack
-
-
-class _Both(AbstractContextManager[None]):
-    def __init__(self, outer: Any, inner: Any) -> None:
-        self.outer, self.inner = outer, inner
-
-    def __enter__(self) -> None:
-        self.outer.__enter__()
-        self.inner.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.inner.__exit__(*error)
-        self.outer.__exit__(*error)
 
 
 @torch.no_grad()

@@ -143,7 +143,8 @@ class Runtime:
             return torch.cuda.get_device_name(self.device)
         capabilities = torch.cpu.get_capabilities()
         vectors = [name for name in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2") if capabilities.get(name)]
-        return f"{capabilities.get('cpu_name', platform.processor())}, {os.cpu_count()} cores, {(vectors or ['no vector units known'])[0]}"
+        name = capabilities.get("cpu_name", platform.processor())
+        return f"{name}, {os.cpu_count()} cores, {vectors[0] if vectors else 'no vector unit known'}"
 
 
 def start(config: Config) -> Runtime:
@@ -172,8 +173,8 @@ def resolve_precision(run: RunConfig, device: torch.device) -> torch.dtype:
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher in ("fp16", "fp8"):
         raise LaunchError(
-            f"accelerate's mixed_precision is {launcher}, which chatlora does not train in (a loss scaler is state that "
-            f"a checkpoint would have to carry): say bf16 or no"
+            f"accelerate's mixed_precision is {launcher}, which chatlora does not train in (a loss scaler is state "
+            f"that a checkpoint would have to carry): say bf16 or no"
         )
     if launcher == "bf16" and run.precision == "fp32":
         raise LaunchError("accelerate's mixed_precision is bf16 but run.precision is fp32: change one of them")
@@ -185,7 +186,7 @@ def resolve_precision(run: RunConfig, device: torch.device) -> torch.dtype:
 
 
 def token_budget(config: Config, device: torch.device) -> int:
-    """Tokens of one micro-batch. `auto` leaves small machines their memory: no less than one example, else what the device likes."""
+    """Tokens of one micro-batch on one process; `auto` is enough to keep the device busy, and one example at least."""
     if config.optim.max_tokens_per_micro_batch != "auto":
         return config.optim.max_tokens_per_micro_batch
     return max(config.data.max_length, 1024 if device.type == "cpu" else 4096)

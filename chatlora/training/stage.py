@@ -1,8 +1,8 @@
-"""Everything that happens before the first step and after the last: from a Config to the actors of the loop, and back."""
+"""What happens before the first step and after the last: from a Config to the actors of the loop, and back."""
 
 import json
-import shutil
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,9 +77,14 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
     run.say(f"run directory {run.path}")
     run.say(f"{runtime.engine} on {runtime.hardware()}, {runtime.num_processes} process(es), {runtime.precision}")
     tokenizer = load_tokenizer(config.model)
-    renderer, data = prepare_training_data(
-        config, tokenizer, generation_stop_ids(config.model), cache=cache_root(), say=run.say
-    )
+    renderers: list[Renderer] = []
+
+    def make_renderer(any_reasoning: bool) -> Renderer:
+        renderers.append(build_renderer(tokenizer, config.model, any_reasoning=any_reasoning))
+        return renderers[0]
+
+    data = prepare_training_data(config.data, config.run.seed, make_renderer, cache=cache_root(), say=run.say)
+    (renderer,) = renderers
     for line in summary_lines(data.ledger):
         run.say(line)
     config = config.with_values("model", chat_template_kwargs=renderer.chat_template_kwargs)
@@ -91,7 +96,7 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
     for line in describe_lora(adapted):
         run.say(line)
     if config.model.gradient_checkpointing:
-        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        adapted.activation_checkpointing_enable({"use_reentrant": False})
     loss = TargetLoss(adapted, autocast_dtype=runtime.autocast_dtype)
     optimizer = torch.optim.AdamW(
         list(trainable(loss).values()),

@@ -1,0 +1,154 @@
+"""Settings: read from YAML and flags, every mistake told at once, with place and remedy."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chatlora.config import Config, OptimConfig, changed_settings, trajectory_hash
+from chatlora.config_files import PRESETS, config_from_file, help_text, load_config, write_config
+from chatlora.errors import ConfigError
+from chatlora.training.timetable import Timetable
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def load(tmp_path: Path, yaml: str, *flags: str) -> Config:
+    (tmp_path / "my.yaml").write_text(yaml, encoding="utf-8")
+    return load_config([str(tmp_path / "my.yaml"), *flags], default="demo").config
+
+
+def problems(tmp_path: Path, yaml: str, *flags: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, yaml, *flags)
+    return str(caught.value)
+
+
+def test_flags_go_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        "optim: {learning_rate: 1e-4, epochs: 2}\ndata: {train: a.jsonl}",
+        "--optim.learning_rate",
+        "3e-4",
+        "--data.train=[b.jsonl, {path: c.csv, repeat: 2}]",
+        "--model.chat_template_kwargs",
+        "{enable_thinking: false}",
+    )
+    assert config.optim.learning_rate == 3e-4
+    assert config.optim.epochs == 2
+    assert config.optim.global_batch_size == OptimConfig().global_batch_size
+    assert [(source.path, source.repeat) for source in config.data.train] == [("b.jsonl", 1), ("c.csv", 2)]
+    assert config.model.chat_template_kwargs == {"enable_thinking": False}
+
+
+def test_all_mistakes_are_told_at_once_each_with_place_and_remedy(tmp_path: Path) -> None:
+    told = problems(
+        tmp_path,
+        "modle: {name_or_path: x}\noptim: {learning_rat: 1e-4, epochs: many, schedule: cosin}\n"
+        "data: {train: [{path: a.jsonl, colums: {}}], validation: 1.5}\nrank: 4\n",
+        "--optim.schedul",
+        "x",
+        "--run.seed",
+        "-3",
+        "--lora.rank",
+    )
+    for sentence in (
+        "my.yaml: modle is not a setting; did you mean 'model'?",
+        "my.yaml: optim.learning_rat is not a setting; did you mean 'learning_rate'?",
+        "my.yaml: optim.epochs is 'many'",
+        "my.yaml: optim.schedule is 'cosin'",
+        "my.yaml: data.train.0.colums is not a setting; did you mean 'columns'?",
+        "my.yaml: data.validation is 1.5",
+        "my.yaml: rank is not a setting; did you mean 'lora.rank'?",
+        "--optim.schedul is not a setting; did you mean 'schedule'?",
+        "--run.seed is '-3'",
+        "--lora.rank needs a value",
+    ):
+        assert sentence in told
+
+
+@pytest.mark.parametrize(
+    ("yaml", "sentence"),
+    [
+        ("optim: {epochs: 1\n", "is not valid YAML"),
+        ("optim: {epochs: 1}\noptim: {epochs: 2}\n", "'optim' stands twice"),
+        ("- a\n- b\n", "holds a list"),
+        ("optim: {max_tokens_per_micro_batch: 100}\n", "data.max_length = 2048"),
+        ("optim: 3\n", "optim is 3"),
+    ],
+)
+def test_broken_files_name_themselves(tmp_path: Path, yaml: str, sentence: str) -> None:
+    told = problems(tmp_path, yaml)
+    assert sentence in told
+    assert "my.yaml" in told
+
+
+def test_a_missing_file_and_an_unknown_preset(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config([str(tmp_path / "none.yaml")], default="demo")
+    with pytest.raises(ConfigError, match="did you mean 'demo'"):
+        load_config(["demmo"], default="demo")
+
+
+def test_what_is_written_is_read_back_equal(tmp_path: Path) -> None:
+    config = load(tmp_path, "data: {train: 数据.jsonl, validation: [{path: v.jsonl}]}", "--run.output_dir", "runs/x")
+    write_config(config, tmp_path / "config.yaml")
+    assert config_from_file(tmp_path / "config.yaml") == config
+
+
+def test_the_hash_follows_the_trajectory_alone() -> None:
+    config = Config()
+    same = config.with_values("run", cpu_threads=1).with_values("optim", max_tokens_per_micro_batch=9999)
+    other = config.with_values("optim", learning_rate=1e-3)
+    assert trajectory_hash(same) == trajectory_hash(config) != trajectory_hash(other)
+    assert changed_settings(config, other) == {"optim.learning_rate": (2e-4, 1e-3)}
+
+
+def test_every_preset_is_valid() -> None:
+    presets = sorted(PRESETS.glob("*.yaml"))
+    assert {"demo", "qwen3", "8b-24gb", "chatglm3"} <= {path.stem for path in presets}
+    for path in presets:
+        config_from_file(path)
+
+
+def test_no_more_than_sixty_settings_each_described() -> None:
+    lines = [line for line in help_text("").splitlines() if line.startswith("  --")]
+    assert len(lines) <= 60
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_help_needs_no_heavy_import(script: str) -> None:
+    code = (
+        f"import runpy, sys; sys.argv = ['{script}', '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), 'a heavy import'"
+    )
+    told = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    assert "usage:" in told.stdout
+
+
+class TestTimetable:
+    optim = OptimConfig(epochs=2, learning_rate=1.0, warmup_ratio=0.1)
+
+    def rates(self, schedule: str) -> list[float]:
+        timetable = Timetable(self.optim.model_copy(update={"schedule": schedule}), steps_per_epoch=10)
+        return [timetable.learning_rate(step) for step in range(timetable.num_steps)]
+
+    def test_closed_forms(self) -> None:
+        assert self.rates("constant") == [0.5, *[1.0] * 19]
+        assert self.rates("linear")[:4] == [0.5, 1.0, 1.0, 1 - 1 / 18]
+        assert self.rates("cosine")[11] == (1 + math.cos(math.pi * 9 / 18)) / 2
+        assert len(self.rates("cosine")) == 20
+
+    def test_half_an_epoch_and_a_limit(self) -> None:
+        assert Timetable(OptimConfig(epochs=0.5), 7).num_steps == 4
+        assert Timetable(OptimConfig(max_steps=3), 7).num_steps == 3
+
+    def test_validations(self) -> None:
+        timetable = Timetable(OptimConfig(epochs=1.5), 4)
+        assert [done for done in range(1, 7) if timetable.validates_after(done)] == [4, 6]

@@ -1,0 +1,79 @@
+"""Imports point one way, and the light rooms stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = REPOSITORY / "chatlora"
+
+# From the ground up. A room imports from its own layer and from those below it.
+LAYERS: tuple[frozenset[str], ...] = (
+    frozenset({"errors", "cache", "progress"}),
+    frozenset({"config", "config_files", "run_directory"}),
+    frozenset({"data"}),
+    frozenset({"model"}),
+    frozenset({"chatglm3", "training", "evaluation"}),
+    frozenset({"commands", "__init__", "__main__"}),
+)
+WITHOUT_TORCH = (
+    "chatlora",
+    "chatlora.errors",
+    "chatlora.config",
+    "chatlora.config_files",
+    "chatlora.run_directory",
+    "chatlora.data.conversation",
+    "chatlora.data.formats",
+    "chatlora.data.sources",
+    "chatlora.data.batches",
+    "chatlora.evaluation.metrics",
+    "chatlora.training.timetable",
+    "train",
+    "evaluate",
+)
+
+
+def level(room: str) -> int:
+    (found,) = [index for index, layer in enumerate(LAYERS) if room in layer]
+    return found
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        rooms |= {name.split(".")[1] for name in names if name.startswith("chatlora.")}
+    return rooms
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downwards(path: Path) -> None:
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    above = {room for room in imported_rooms(path) if level(room) > level(own)}
+    assert not above, f"{path.relative_to(REPOSITORY)} imports from above: {above}"
+
+
+def test_no_room_but_the_scripts_imports_a_script() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not {"train", "evaluate"} & {alias.name for alias in node.names}, path
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_light_rooms_do_not_import_torch(module: str) -> None:
+    code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr or f"{module} imports torch"
+
+
+def test_training_and_evaluation_do_not_know_each_other() -> None:
+    for mine, other in (("training", "evaluation"), ("evaluation", "training")):
+        for path in (PACKAGE / mine).rglob("*.py"):
+            assert other not in imported_rooms(path), path
