@@ -1,0 +1,165 @@
+"""The proof that an example teaches what inference will ask for: run on every row, in training too.
+
+It works from the finished ids and labels, by other means than those that made them (decoding instead of offsets, the
+untouched tokenizer, transformers' own `apply_chat_template`), so that a slip in the making is found here.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from chatlora.data.control_text import ControlText, is_masked, unmask
+from chatlora.data.conversation import Conversation
+from chatlora.data.examples import IGNORE_INDEX
+from chatlora.data.parts import end_of_parts, reply_parts
+from chatlora.data.template import ChatTemplate
+from chatlora.data.turns import Turn
+from chatlora.errors import SetAside
+
+FAILED = "the proof failed: "
+STRETCHES = FAILED + "the targets are not one stretch a turn"
+PROMPT = FAILED + "the ids before a target are not those of its prompt"
+REPLY = FAILED + "the targets do not decode to the reply"
+STOP = FAILED + "the targets do not end with a stop token"
+CONTROL = FAILED + "the control tokens are not the template's"
+BOS = FAILED + "more than one beginning-of-sequence token"
+
+
+class Proof:
+    """What a proof needs of tokenizer and template; built once, used for every example."""
+
+    def __init__(self, tokenizer: Any, template: ChatTemplate, text: ControlText, stop_ids: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.spellings = text.spellings
+        self.stop_ids = frozenset(stop_ids)
+        # transformers renders the date of today, whatever the date asked for.
+        self.dated = template.knows("strftime_now")
+        self._canonical_tails = functools.lru_cache(maxsize=1024)(self._canonical)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_canonical_tails"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._canonical_tails = functools.lru_cache(maxsize=1024)(self._canonical)
+
+    def prove(
+        self, ids: Sequence[int], labels: Sequence[int], conversation: Conversation, turns: Sequence[Turn]
+    ) -> None:
+        """Raises SetAside where `ids` and `labels` are not the example of these turns of the conversation.
+
+        Proved: each stretch of targets is one turn's; the ids in front of it are its prompt's; it decodes to what the
+        template renders, ends with a stop token, and holds the message's text, reasoning and calls; control tokens
+        stand where the template put them and nowhere else; there is at most one BOS.
+        """
+        stretches = _stretches(ids, labels)
+        if len(stretches) != len(turns):
+            raise SetAside(STRETCHES, f"{len(stretches)} for {len(turns)} turns")
+        done, seen = 0, 0
+        for (start, end), turn in zip(stretches, turns, strict=True):
+            self._prove_prompt(ids, done, start, turn.prompt, seen)
+            self._prove_reply(ids[start:end], conversation, turn)
+            done, seen = end, len(turn.prompt) + len(turn.reply)
+        self._prove_as_inference(ids, stretches[-1], conversation, turns[-1])
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and list(ids[:2]) == [bos, bos]:
+            raise SetAside(BOS)
+
+    def _prove_prompt(self, ids: Sequence[int], done: int, start: int, prompt: str, seen: int) -> None:
+        """ids[done:start] spell the rest of the prompt, and its last stretch is cut into tokens as alone."""
+        if not self._same(self._spelled(ids[done:start]), unmask(prompt[seen:])):
+            raise SetAside(PROMPT)
+        # Control tokens cut the text before any merge: only what follows the last one depends on where the text ends.
+        last = next((index for index in range(start - 1, -1, -1) if ids[index] in self.spellings), 0)
+        spelling = self.spellings.get(ids[last])
+        position = 0 if spelling is None else prompt.rfind(spelling)
+        tail = prompt[max(position, 0) :]
+        if position < 0 or (not is_masked(tail) and self._canonical_tails(tail) != tuple(ids[last:start])):
+            raise SetAside(PROMPT)
+
+    def _prove_reply(self, targets: Sequence[int], conversation: Conversation, turn: Turn) -> None:
+        spelled = self._spelled(targets)
+        if not self._same(spelled, unmask(turn.reply)):
+            raise SetAside(REPLY)
+        if targets[-1] not in self.stop_ids:
+            raise SetAside(STOP)
+        message = conversation.as_template_input()[turn.index]
+        end_of_parts(self._normalized(spelled), reply_parts(self._normalized(message)))
+
+    def _prove_as_inference(
+        self, ids: Sequence[int], stretch: tuple[int, int], conversation: Conversation, turn: Turn
+    ) -> None:
+        """What leads to the last target is what `apply_chat_template` gives; where text is masked, its controls."""
+        start, end = stretch
+        if is_masked(turn.prompt) or is_masked(turn.reply):
+            encoded = self.tokenizer.backend_tokenizer.encode(turn.prompt + turn.reply, add_special_tokens=False)
+            if [id for id in encoded.ids if id in self.spellings] != [id for id in ids[:end] if id in self.spellings]:
+                raise SetAside(CONTROL)
+            return
+        if self.dated:
+            expected = self.tokenizer(turn.prompt, add_special_tokens=False)["input_ids"]
+        else:
+            expected = self.tokenizer.apply_chat_template(
+                conversation.as_template_input()[: turn.index],
+                tools=list(conversation.tools) or None,
+                chat_template=self.template.text,
+                add_generation_prompt=True,
+                return_dict=False,
+                **self.template.kwargs,
+            )
+        if list(ids[:start]) != expected:
+            raise SetAside(PROMPT)
+
+    # ---- decoding
+
+    def _spelled(self, ids: Sequence[int]) -> str:
+        """The text of the ids: control tokens by their names, what stands between them decoded."""
+        decode = self.tokenizer.backend_tokenizer.decode
+        pieces, begin = [], 0
+        for index, id in enumerate(ids):
+            if id in self.spellings:
+                pieces += [decode(list(ids[begin:index]), skip_special_tokens=False), self.spellings[id]]
+                begin = index + 1
+        pieces.append(decode(list(ids[begin:]), skip_special_tokens=False))
+        return "".join(pieces)
+
+    def _same(self, decoded: str, text: str) -> bool:
+        """Equal; or equal after the tokenizer's own normalisation and but for space beside control tokens.
+
+        Some tokenizers put a space there and take it away, or swallow the template's. Where exactly a stretch begins
+        is proved in ids.
+        """
+        return decoded == text or self._squeezed(decoded) == self._squeezed(text)
+
+    def _squeezed(self, text: str) -> str:
+        pieces, spellings = [text], sorted(set(self.spellings.values()), key=len, reverse=True)
+        for spelling in spellings:
+            if spelling in text:
+                pieces = [part for piece in pieces for part in piece.split(spelling)]
+        return "\0".join(self._normalized(piece).strip() for piece in pieces)
+
+    def _normalized(self, value: Any) -> Any:
+        normalizer = self.tokenizer.backend_tokenizer.normalizer
+        if normalizer is None:
+            return value
+        if isinstance(value, str):
+            return normalizer.normalize_str(value)
+        if isinstance(value, dict):
+            return {key: self._normalized(item) for key, item in value.items()}
+        return [self._normalized(item) for item in value] if isinstance(value, list) else value
+
+    def _canonical(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _stretches(ids: Sequence[int], labels: Sequence[int]) -> list[tuple[int, int]]:
+    """The stretches of targets, as (start, end). Raises SetAside where a label is not the id beneath it."""
+    if len(ids) != len(labels) or any(label not in (IGNORE_INDEX, id) for id, label in zip(ids, labels, strict=True)):
+        raise SetAside(STRETCHES, "a label is not its id")
+    target = [label != IGNORE_INDEX for label in labels]
+    starts = [index for index, here in enumerate(target) if here and (index == 0 or not target[index - 1])]
+    ends = [
+        index + 1 for index, here in enumerate(target) if here and (index + 1 == len(target) or not target[index + 1])
+    ]
+    return list(zip(starts, ends, strict=True))

@@ -1,0 +1,270 @@
+"""Conversation + tokenizer -> the token ids that train or test a model, each row proved.
+
+    text      control_text.py   text that spells a control token is masked; ids and where each begins
+    template  template.py       the chat template: messages -> text
+    turns     turns.py          the stretch of text that each reply is         parts.py  is all of the message in it?
+    ids       here              one encoding, stretches from offsets
+    lengths   examples.py       what an example is, and what over_length leaves of it
+    proof     proof.py          of every example, by other means
+
+Most templates give one example a conversation. A template that renders a reply otherwise once more messages follow
+(Qwen3 drops earlier thoughts), or a token that straddles the end of a prompt, gives that turn an example of its own.
+"""
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from datetime import date
+from time import perf_counter
+from typing import Any
+
+from chatlora.data.control_text import ControlText, Encoded
+from chatlora.data.conversation import Conversation
+from chatlora.data.examples import (
+    IGNORE_INDEX,
+    NO_REPLY_FITS,
+    NO_TARGET_LEFT,
+    PROMPT_TOO_LONG,
+    Draft,
+    EvalExample,
+    Example,
+    OverLength,
+    Rendered,
+    RenderedForEvaluation,
+    Supervise,
+    shortened,
+    too_long,
+)
+from chatlora.data.proof import Proof
+from chatlora.data.template import ChatTemplate, chat_template_of, template_messages
+from chatlora.data.turns import StopTokens, Turn, check_context, read_turn, targets
+from chatlora.errors import SetAside
+
+__all__ = [
+    "IGNORE_INDEX",
+    "EvalExample",
+    "Example",
+    "Rendered",
+    "RenderedForEvaluation",
+    "Renderer",
+    "render",
+    "render_for_evaluation",
+]
+
+
+class Renderer:
+    """A tokenizer and a chat template, made ready once for every conversation. Picklable.
+
+    `chat_template` overrides the tokenizer's own; `chat_template_kwargs` are used as given (see
+    `template.resolve_template_kwargs` for the default of `enable_thinking`); templates see the date
+    `chat_template_date` (today unless given); `generation_stop_ids` are the eos ids of the model's generation config.
+    Raises ModelError where there is no template, or no fast tokenizer.
+    """
+
+    stop_ids: tuple[int, ...]
+    """Every id that ends a reply: the tokenizer's eos, `generation_stop_ids`, and what the template shows."""
+    proof_seconds: float
+    """Seconds spent in proofs so far."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_date: date | None = None,
+        generation_stop_ids: Sequence[int] = (),
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template_of(tokenizer, chat_template)
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self._template = ChatTemplate(
+            self.chat_template,
+            self.chat_template_kwargs,
+            chat_template_date or date.today(),
+            dict(tokenizer.special_tokens_map),
+        )
+        self._text = ControlText(tokenizer)
+        self._stops = StopTokens(self._template, self._text.spellings, tokenizer.eos_token_id, generation_stop_ids)
+        self.stop_ids = self._stops.ids
+        self._proof = Proof(tokenizer, self._template, self._text, self.stop_ids)
+        self.proof_seconds = 0.0
+        described = [self._text.digest, self._template.digest(), str(self.stop_ids)]
+        self.fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()
+
+    def render(
+        self,
+        conversation: Conversation,
+        *,
+        max_length: int,
+        over_length: OverLength = "fit",
+        supervise: Supervise = "all",
+    ) -> Rendered:
+        """The conversation's training examples, proved, none longer than `max_length` tokens.
+
+        `over_length`: `fit` keeps as many whole turns from the start as fit; `cut` cuts at `max_length`; `drop` sets
+        the row aside; `error` raises DataError with place, length and remedy. Raises SetAside where the row cannot be
+        rendered exactly or holds no target.
+        """
+        full, turns = self._turns(conversation, supervise)
+        drafts = self._drafts(full, turns, len(conversation.messages))
+        for draft in drafts:
+            example = draft.example()
+            self.prove(example, conversation, draft.turns)
+        kept = [shortened(draft, max_length, over_length, conversation.place) for draft in drafts]
+        if not any(draft.stretches for draft in kept):
+            longest = max(len(draft.ids) for draft in drafts)
+            reason = NO_TARGET_LEFT if over_length == "cut" else NO_REPLY_FITS
+            raise SetAside(reason, f"{longest} tokens, max_length is {max_length}")
+        num_turns = sum(len(draft.stretches) for draft in kept)
+        return Rendered(
+            examples=tuple(draft.example() for draft in kept if draft.stretches),
+            turns=num_turns,
+            lost_turns=len(turns) - num_turns,
+            lost_targets=sum(draft.num_targets() for draft in drafts) - sum(draft.num_targets() for draft in kept),
+        )
+
+    def render_for_evaluation(
+        self,
+        conversation: Conversation,
+        *,
+        max_prompt_length: int | None,
+        max_new_tokens: int,
+        over_length: OverLength = "fit",
+        supervise: Supervise = "all",
+    ) -> RenderedForEvaluation:
+        """One sample for each assistant turn that is a target, rendered as the last message and proved.
+
+        A prompt is never cut, whatever `over_length` says: half a question has no reference answer. One longer than
+        `max_prompt_length` (None: no limit) is set aside by name, or raises DataError under `error`. References are
+        whole, but for `cut`, which cuts them at `max_new_tokens` and counts. Raises SetAside as `render` does.
+        """
+        messages, tools = self._masked(conversation)
+        order = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
+        examples, set_aside, cut = [], [], 0
+        for index in targets(conversation, supervise):
+            turn = read_turn(self._template, self._stops, messages[: index + 1], tools, index, None)
+            check_context(self._template, messages, tools, turn)
+            draft = self._draft_alone(turn)
+            self.prove(draft.example(), conversation, [turn])
+            [(start, _)] = draft.stretches
+            prompt, reference = draft.ids[:start], draft.ids[start:]
+            number = order.index(index)
+            if max_prompt_length is not None and start > max_prompt_length:
+                if over_length == "error":
+                    raise too_long(conversation.place, start, "evaluation.max_prompt_length", max_prompt_length)
+                set_aside.append((number, f"{PROMPT_TOO_LONG} ({start} tokens, the limit is {max_prompt_length})"))
+                continue
+            if over_length == "cut" and len(reference) > max_new_tokens:
+                reference, cut = reference[:max_new_tokens], cut + 1
+            examples.append(EvalExample(prompt, reference, number))
+        return RenderedForEvaluation(tuple(examples), tuple(set_aside), cut)
+
+    def prompt_ids(self, conversation: Conversation) -> list[int]:
+        """The ids of the whole conversation and the generation prompt after it."""
+        messages, tools = self._masked(conversation)
+        return self._text.encode(self._template.render(messages, tools, prompt=True)).ids
+
+    def turns(self, conversation: Conversation, supervise: Supervise = "all") -> list[Turn]:
+        """The supervised turns as text. Raises SetAside as `render` does."""
+        return self._turns(conversation, supervise)[1]
+
+    def prove(self, example: Example, conversation: Conversation, turns: Sequence[Turn]) -> None:
+        """Raises SetAside unless `example` is exactly that of these turns; see `proof.Proof.prove`."""
+        began = perf_counter()
+        try:
+            self._proof.prove(example.input_ids, example.labels, conversation, turns)
+        finally:
+            self.proof_seconds += perf_counter() - began
+
+    # ---- text
+
+    def _masked(self, conversation: Conversation) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        mask = self._text.mask
+        messages = [
+            {key: value if key == "role" else mask(value) for key, value in message.items()}
+            for message in template_messages(conversation.as_template_input())
+        ]
+        return messages, mask(conversation.tools)
+
+    def _turns(self, conversation: Conversation, supervise: Supervise) -> tuple[str, list[Turn]]:
+        indices = targets(conversation, supervise)
+        messages, tools = self._masked(conversation)
+        full = self._template.render(messages, tools, prompt=False)
+        turns = [read_turn(self._template, self._stops, messages, tools, index, full) for index in indices]
+        for turn in (turns[0], turns[-1]) if len(turns) > 1 else turns:
+            check_context(self._template, messages, tools, turn)
+        return full, turns
+
+    # ---- ids
+
+    def _drafts(self, full: str, turns: Sequence[Turn], num_messages: int) -> list[Draft]:
+        """One example of all turns that the full rendering holds as they are, then one for each other turn."""
+        last = turns[-1]
+        if last.index + 1 == num_messages and (last.prompt + last.reply).startswith(full):
+            full = last.prompt + last.reply  # a stop token was appended
+        encoded = self._text.encode(full)
+        shared, alone = Draft(encoded.ids, [], []), []
+        for turn in turns:
+            inside = full.startswith(turn.prompt) and full.startswith(turn.reply, len(turn.prompt))
+            stretch = self._stretch(encoded, turn) if inside else None
+            if stretch is None:
+                alone.append(self._draft_alone(turn))
+            else:
+                shared.stretches.append(stretch)
+                shared.turns.append(turn)
+        drafts = [shared, *alone] if shared.turns else alone
+        return sorted(drafts, key=lambda draft: draft.turns[0].index)
+
+    def _draft_alone(self, turn: Turn) -> Draft:
+        encoded = self._text.encode(turn.prompt + turn.reply)
+        stretch = self._stretch(encoded, turn)
+        if stretch is not None:
+            return Draft(encoded.ids, [stretch], [turn])
+        # A token straddles the end of the prompt: its ids win, since they are what inference will see.
+        prompt, reply = self._text.encode(turn.prompt).ids, self._text.encode_after_control(turn.reply)
+        return Draft(prompt + reply, [(len(prompt), len(prompt) + len(reply))], [turn])
+
+    def _stretch(self, encoded: Encoded, turn: Turn) -> tuple[int, int] | None:
+        """Where the turn's reply stands in the ids; None where its prompt, encoded alone, ends in other ids."""
+        boundary = len(turn.prompt)
+        start = bisect_left(encoded.starts, boundary)
+        end = bisect_left(encoded.starts, boundary + len(turn.reply))
+        # Control tokens cut the text before any merge: the ids up to the last one are the same in any case.
+        before = bisect_left(encoded.controls, start)
+        anchor = encoded.controls[before - 1] if before else 0
+        tail = self._text.encode_tail(turn.prompt[encoded.starts[anchor] :])
+        return (start, end) if encoded.ids[anchor:start] == tail else None
+
+
+def render(
+    conversation: Conversation,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    over_length: OverLength = "fit",
+    supervise: Supervise = "all",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[Example]:
+    """One conversation's training examples. For many conversations build a `Renderer` once."""
+    renderer = Renderer(tokenizer, chat_template_kwargs=chat_template_kwargs)
+    rendered = renderer.render(conversation, max_length=max_length, over_length=over_length, supervise=supervise)
+    return list(rendered.examples)
+
+
+def render_for_evaluation(
+    conversation: Conversation,
+    tokenizer: Any,
+    *,
+    max_prompt_length: int | None,
+    max_new_tokens: int,
+    over_length: OverLength = "fit",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[EvalExample]:
+    """One conversation's samples. For many conversations build a `Renderer` once; it also tells what was set aside."""
+    renderer = Renderer(tokenizer, chat_template_kwargs=chat_template_kwargs)
+    return list(
+        renderer.render_for_evaluation(
+            conversation, max_prompt_length=max_prompt_length, max_new_tokens=max_new_tokens, over_length=over_length
+        )
+    )

@@ -1,0 +1,181 @@
+"""Which stretch of a rendered conversation each assistant turn is. Text only: nothing is tokenised here.
+
+A turn's prompt is what the template renders for the messages before it with the generation prompt; its reply is what
+the template renders after that, up to the token that stops generation. Both hold masked text (control_text.py).
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from chatlora.data.conversation import Conversation
+from chatlora.data.parts import Witness, check_prompt, end_of_parts, reply_parts
+from chatlora.data.template import ChatTemplate
+from chatlora.errors import SetAside
+
+NOT_CONTINUED = "the chat template's reply does not continue its generation prompt"
+COMES_FIRST = "an assistant message that is a target comes first: no prompt leads to it"
+NO_STOP = "nothing stops a reply: the chat template renders no stop token and the tokenizer has no eos"
+NO_TARGET = "no assistant message is a target"
+
+Messages = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The message's index, the text in front of the model, and the text that it must generate, stop token included."""
+
+    index: int
+    prompt: str
+    reply: str
+
+
+class StopTokens:
+    """The tokens that end a reply: the tokenizer's eos, the model's, and what the template shows after an answer."""
+
+    def __init__(self, template: ChatTemplate, spellings: dict[int, str], eos_id: int | None, more: Sequence[int]):
+        self.eos = spellings.get(eos_id) if eos_id is not None else None
+        given = [*([] if eos_id is None else [eos_id]), *more]
+        shown = _Probe(template, spellings, {spellings[id] for id in given if id in spellings}).stops()
+        numbers = {spelling: id for id, spelling in spellings.items()}
+        self.ids = tuple(dict.fromkeys([*given, *(numbers[spelling] for spelling in shown)]))
+        self._any = _any_of([spellings[id] for id in self.ids if id in spellings])
+
+    def end_after(self, text: str, start: int) -> int | None:
+        """Where the first stop token at or after `start` ends."""
+        found = self._any.search(text, start)
+        return found.end() if found else None
+
+    def end_of_opening(self, text: str, start: int) -> int | None:
+        """Where the stop token ends that, but for whitespace, stands at `start`: the next role's, in the GLM family."""
+        start += len(text[start:]) - len(text[start:].lstrip())
+        found = self._any.match(text, start)
+        return found.end() if found else None
+
+
+def targets(conversation: Conversation, supervise: str) -> list[int]:
+    """The indices of the assistant messages to learn. Raises SetAside where there is none."""
+    assistant = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
+    by_default = set(assistant if supervise == "all" else assistant[-1:])
+    chosen = []
+    for index in assistant:
+        loss = conversation.messages[index].loss
+        if loss or (loss is None and index in by_default):
+            chosen.append(index)
+    if not chosen:
+        raise SetAside(NO_TARGET)
+    return chosen
+
+
+def read_turn(
+    template: ChatTemplate, stops: StopTokens, messages: Messages, tools: Messages, index: int, full: str | None
+) -> Turn:
+    """The turn of `messages[index]`; `full` is the rendering of all messages, None where the turn is to be the last.
+
+    Raises SetAside where the reply does not continue the prompt or lacks part of the message.
+    """
+    if index == 0:
+        raise SetAside(COMES_FIRST)
+    prompt = template.render(messages[:index], tools, prompt=True)
+    last = index + 1 == len(messages)
+    rendered = full if full is not None and last else template.render(messages[: index + 1], tools, prompt=False)
+    if not rendered.startswith(prompt):
+        raise SetAside(NOT_CONTINUED)
+    region = rendered[len(prompt) :]
+    message = messages[index]
+    after = end_of_parts(region, reply_parts(message))
+    if "tool_calls" in message or "reasoning_content" in message:
+        _check_witness(template, messages, tools, index, prompt)
+
+    end = stops.end_after(region, after)
+    if end is not None:
+        return Turn(index, prompt, region[:end])
+    if full is not None and not last and full.startswith(rendered):
+        end = stops.end_of_opening(full, len(rendered))
+        if end is not None:
+            return Turn(index, prompt, full[len(prompt) : end])
+    if stops.eos is None:
+        raise SetAside(NO_STOP)
+    return Turn(index, prompt, region + stops.eos)
+
+
+def check_context(template: ChatTemplate, messages: Messages, tools: Messages, turn: Turn) -> None:
+    """What leads to the turn stands in its prompt. Raises SetAside naming what the template dropped."""
+    check_prompt(turn.prompt, messages[: turn.index], tools)
+    if tools:
+        witness = Witness()
+        prompt = template.render(messages[: turn.index], witness.tools(tools), prompt=True)
+        end_of_parts(prompt, iter(witness.parts))
+
+
+def _check_witness(template: ChatTemplate, messages: Messages, tools: Messages, index: int, prompt: str) -> None:
+    witness = Witness()
+    stand_in = witness.message(messages[index])
+    rendered = template.render([*messages[:index], stand_in], tools, prompt=False)
+    if not rendered.startswith(prompt):
+        raise SetAside(NOT_CONTINUED)
+    end_of_parts(rendered[len(prompt) :], iter(witness.parts))
+
+
+class _Probe:
+    """Renders made-up conversations to see which control token follows an answer."""
+
+    ANSWER, CALLED = "w918273w", "w918274w"
+
+    def __init__(self, template: ChatTemplate, spellings: dict[int, str], known: set[str]) -> None:
+        self.template = template
+        self.known = known
+        self.run = re.compile("(?:" + _any_of(list(spellings.values())).pattern + ")+")
+        self.word = _any_of(list(spellings.values()))
+
+    def stops(self) -> list[str]:
+        question = {"role": "user", "content": "Hello"}
+        answer = {"role": "assistant", "content": self.ANSWER}
+        function = {"name": "look", "arguments": {"at": self.CALLED}}
+        call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+        result = {"role": "tool", "name": "look", "content": "nothing"}
+
+        tail = self._after(self.ANSWER, [question, answer])
+        run = self.run.search(tail)
+        found = []
+        if run is not None:
+            found.append(self._of_run(run[0]))
+        else:
+            found.append(self._opening(self._after(self.ANSWER, [question, answer, question])))
+        tail = self._after(self.CALLED, [question, call])
+        if not any(stop in tail for stop in self.known.union(filter(None, found))):
+            words = list(self.word.finditer(tail.rstrip()))
+            if run is not None and words and words[-1].end() == len(tail.rstrip()):
+                found.append(words[-1][0])
+            elif run is None:
+                found.append(self._opening(self._between_messages(question, call, result)))
+        return [stop for stop in found if stop]
+
+    def _of_run(self, run: str) -> str | None:
+        """Of control tokens that follow the answer without a gap, a known stop, else the last."""
+        words = self.word.findall(run)
+        return None if self.known.intersection(words) else words[-1]
+
+    def _opening(self, tail: str) -> str | None:
+        found = self.word.match(tail.lstrip())
+        return found[0] if found else None
+
+    def _after(self, words: str, messages: Messages) -> str:
+        try:
+            return self.template.render(messages, (), prompt=False).rpartition(words)[2]
+        except SetAside:  # the template wants something else of a conversation; rows will tell
+            return ""
+
+    def _between_messages(self, question: Any, call: Any, result: Any) -> str:
+        """What follows the call when the tool's answer comes next."""
+        try:
+            alone = self.template.render([question, call], (), prompt=False)
+            answered = self.template.render([question, call, result], (), prompt=False)
+        except SetAside:
+            return ""
+        return answered[len(alone) :] if self.CALLED in alone and answered.startswith(alone) else ""
+
+
+def _any_of(words: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
