@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import chatlora
 from chatlora.config import Source
 from chatlora.data.conversation import Conversation, Message
 from chatlora.data.files import READERS, BadRow, Rows, without_nulls
@@ -137,7 +136,7 @@ def _files(source: Source) -> list[tuple[Path, str]] | None:
 
 
 def _embedded_file(named: str) -> Path:
-    presets = Path(chatlora.__file__).parent / "presets"
+    presets = Path(__file__).parents[1] / "presets"
     path = presets / named.removeprefix(EMBEDDED)
     if not path.is_file() or not path.resolve().is_relative_to(presets.resolve()):
         known = sorted(f"{EMBEDDED}{file.relative_to(presets).as_posix()}" for file in presets.rglob("*.jsonl"))

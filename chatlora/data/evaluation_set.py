@@ -1,0 +1,124 @@
+"""Test rows -> samples: one prompt each, with every reference answer that the rows give for it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from chatlora.config import OverLength, Source, Supervise
+from chatlora.data.conversation import Conversation
+from chatlora.data.examples import PROMPT_TOO_LONG, EvalExample
+from chatlora.data.ledger import SourceAccount, ledger_of, refuse_lost_sources
+from chatlora.data.rendering import Renderer
+from chatlora.data.sources import read_conversations
+from chatlora.data.watching import watched
+from chatlora.errors import DataError, SetAside
+
+CUT_REFERENCE = "a reference longer than max_new_tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSample:
+    """One prompt that the model answers, and the ids of its reference answers, each with its stop token.
+
+    id: `place#turn` of the row that brought it first, the same in every run. turn: which assistant turn, from 0.
+    """
+
+    id: str
+    place: str
+    turn: int
+    input_ids: list[int]
+    references: list[list[int]]
+
+
+def prepare_evaluation_data(
+    sources: Sequence[Source],
+    renderer: Renderer,
+    *,
+    max_prompt_length: int | None,
+    max_new_tokens: int,
+    over_length: OverLength = "fit",
+    supervise: Supervise = "all",
+    system: str | None = None,
+) -> tuple[list[EvalSample], dict[str, Any]]:
+    """All samples of the sources in file order, and the ledger of their rows.
+
+    Rows of a single turn with equal prompts become one sample with all their distinct references (one prompt has
+    several in e2e). In the ledger `turns` are those of the rows, `targets` the tokens of their references, `tokens`
+    both together. Raises DataError with all mistakes in the rows, or where too few of them can be rendered.
+    """
+    problems: list[str] = []
+    accounts = [SourceAccount(source.path) for source in sources]
+    samples: list[EvalSample] = []
+    single_turns: dict[tuple[int, ...], int] = {}  # the ids of a prompt -> its sample's position
+    for account, conversation in _conversations(sources, accounts, system, problems):
+        try:
+            rendered = renderer.render_for_evaluation(
+                conversation,
+                max_prompt_length=max_prompt_length,
+                max_new_tokens=max_new_tokens,
+                over_length=over_length,
+                supervise=supervise,
+            )
+        except SetAside as reason:
+            account.put_aside(conversation.place, reason)
+            continue
+        except DataError as error:  # over_length: error
+            problems += error.problems
+            continue
+        if not rendered.examples:
+            account.put_aside(conversation.place, SetAside(PROMPT_TOO_LONG, rendered.set_aside[0][1]))
+            continue
+        _account(account, conversation, rendered.examples)
+        for turn, told in rendered.set_aside:
+            account.note_cut(conversation.place, PROMPT_TOO_LONG, f"turn {turn}: {told}")
+        if rendered.cut_references:
+            account.note_cut(conversation.place, CUT_REFERENCE, f"{rendered.cut_references} cut at {max_new_tokens}")
+        _add(samples, single_turns, conversation, rendered.examples)
+    if problems:
+        raise DataError(*problems)
+    ledger = ledger_of(accounts)
+    refuse_lost_sources(ledger["sources"])
+    return samples, ledger
+
+
+def _conversations(
+    sources: Sequence[Source], accounts: Sequence[SourceAccount], system: str | None, problems: list[str]
+) -> Iterator[tuple[SourceAccount, Conversation]]:
+    for source, account in zip(sources, accounts, strict=True):
+        try:
+            for conversation in watched(
+                read_conversations(source, system=system, split="test"), f"rendering {source.path}", None
+            ):
+                account.rows_read += 1
+                yield account, conversation
+        except DataError as error:
+            problems += error.problems
+
+
+def _account(account: SourceAccount, conversation: Conversation, examples: Sequence[EvalExample]) -> None:
+    references = sum(len(example.output_ids) for example in examples)
+    account.rows_used += 1
+    account.turns += len(examples)
+    account.targets += references
+    account.tokens += references + sum(len(example.input_ids) for example in examples)
+
+
+def _add(
+    samples: list[EvalSample],
+    single_turns: dict[tuple[int, ...], int],
+    conversation: Conversation,
+    examples: Sequence[EvalExample],
+) -> None:
+    place = conversation.place or ""
+    is_single = sum(message.role == "assistant" for message in conversation.messages) == 1
+    for example in examples:
+        prompt = tuple(example.input_ids)
+        known = single_turns.get(prompt) if is_single else None
+        if known is None:
+            if is_single:
+                single_turns[prompt] = len(samples)
+            sample_id = f"{place}#{example.turn}"
+            samples.append(EvalSample(sample_id, place, example.turn, example.input_ids, [example.output_ids]))
+        elif example.output_ids not in samples[known].references:
+            references = [*samples[known].references, example.output_ids]
+            samples[known] = replace(samples[known], references=references)

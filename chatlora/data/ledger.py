@@ -1,0 +1,108 @@
+"""The account of every row: read = trained on + held out + set aside, each of the last with its place and reason."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from chatlora.data.examples import PROMPT_TOO_LONG, TOO_LONG
+from chatlora.data.parts import DROPS
+from chatlora.data.template import RAISES
+from chatlora.data.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTINUED
+from chatlora.errors import DataError, SetAside
+
+MOST_SET_ASIDE = 0.5  # of a source's rows; beyond, the model and the data do not fit each other
+OTHER_TEMPLATE = "set model.chat_template to a Jinja file that renders such rows, or model.chat_template_kwargs"
+REMEDIES = {  # by how a reason begins
+    TOO_LONG: "raise data.max_length, or set data.over_length to fit or cut",
+    PROMPT_TOO_LONG: "raise evaluation.max_prompt_length",
+    DROPS: OTHER_TEMPLATE,
+    RAISES: OTHER_TEMPLATE,
+    NOT_CONTINUED: OTHER_TEMPLATE,
+    NO_STOP: OTHER_TEMPLATE,
+    NO_TARGET: "look at the roles, at `loss` in the rows, and at data.supervise",
+    COMES_FIRST: 'begin with a user message, or give the first one "loss": false',
+}
+
+
+@dataclass(slots=True)
+class SourceAccount:
+    """What became of the rows of one source. `turns`, `targets` and `tokens` are those of the rows that were used, or,
+    where a whole source is held out, of the rows held out; a row's `repeat` is not counted.
+
+    set_aside, cut: `{place, reason}`, and `detail` where something more is known of the row.
+    """
+
+    path: str
+    rows_read: int = 0
+    rows_used: int = 0
+    rows_held_out: int = 0
+    turns: int = 0
+    targets: int = 0
+    tokens: int = 0
+    set_aside: list[dict[str, str]] = field(default_factory=list)
+    cut: list[dict[str, str]] = field(default_factory=list)
+
+    def put_aside(self, place: str | None, reason: SetAside) -> None:
+        self.set_aside.append(entry(place, reason.reason, reason.detail))
+
+    def note_cut(self, place: str | None, reason: str, detail: str) -> None:
+        self.cut.append(entry(place, reason, detail))
+
+
+def entry(place: str | None, reason: str, detail: str = "") -> dict[str, str]:
+    return {"place": place or "", "reason": reason, **({"detail": detail} if detail else {})}
+
+
+def ledger_of(accounts: Iterable[SourceAccount]) -> dict[str, Any]:
+    """The content of ledger.json. Asserts that no row is missing."""
+    sources = [asdict(account) for account in accounts]
+    for source in sources:
+        accounted = source["rows_used"] + source["rows_held_out"] + len(source["set_aside"])
+        assert source["rows_read"] == accounted, (
+            f"{source['path']}: {source['rows_read']} rows, {accounted} accounted for"
+        )
+    return {"sources": sources}
+
+
+def refuse_lost_sources(sources: Sequence[Mapping[str, Any]]) -> None:
+    """Raises DataError where nothing, or less than half, of a source can be used: reasons, counts, what to change."""
+    problems = []
+    for source in sources:
+        lost, read = len(source["set_aside"]), source["rows_read"]
+        if lost <= MOST_SET_ASIDE * read and lost < read:
+            continue
+        which = f"all {read:,}" if lost == read else f"{lost:,} of {read:,}"
+        reasons = [one["reason"] for one in source["set_aside"]]
+        remedies = {text for start, text in REMEDIES.items() if any(reason.startswith(start) for reason in reasons)}
+        told = [*_counted(source["set_aside"]), *sorted(remedies)]
+        problems.append(f"{source['path']}: {which} rows were set aside: {'; '.join(told)}")
+    if problems:
+        raise DataError(*problems)
+
+
+def summary_lines(ledger: Mapping[str, Any]) -> list[str]:
+    """A few lines a source, for people: rows, turns, targets, tokens; what was set aside and cut, by reason."""
+    lines = []
+    for source in ledger["sources"]:
+        rows = [f"{source['rows_read']:,} rows"]
+        rows += [f"{source['rows_held_out']:,} held out"] if source["rows_held_out"] else []
+        rows += [f"{len(source['set_aside']):,} set aside"] if source["set_aside"] else []
+        counts = f"{source['turns']:,} turns, {source['targets']:,} targets in {source['tokens']:,} tokens"
+        lines.append(f"{source['path']}: {', '.join(rows)}; {counts}")
+        lines += [f"  set aside {reason}" for reason in _counted(source["set_aside"])]
+        lines += [f"  cut {reason}" for reason in _counted(source["cut"])]
+    return lines
+
+
+def _counted(entries: Sequence[Mapping[str, str]]) -> list[str]:
+    """`12 x the template drops ... (first: train.jsonl:7)`, the most frequent first."""
+    first: dict[str, Mapping[str, str]] = {}
+    for one in entries:
+        first.setdefault(one["reason"], one)
+    counts = Counter(one["reason"] for one in entries)
+    return [f"{count:,} x {reason} (e.g. {_told(first[reason])})" for reason, count in counts.most_common()]
+
+
+def _told(one: Mapping[str, str]) -> str:
+    return f"{one['place']}: {one['detail']}" if "detail" in one else one["place"]

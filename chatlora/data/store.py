@@ -1,0 +1,166 @@
+"""Examples on disk: one Arrow file, memory-mapped, in a folder that is built once and checked whenever it is opened.
+
+A folder's name says what it was made from, so it never goes stale. It is written beside, then renamed; a lock lets
+one process of a machine build while the others wait, and a folder that is broken is built again.
+"""
+
+import errno
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+
+from chatlora.data.examples import IGNORE_INDEX, Example
+from chatlora.errors import DataError
+
+ROWS_PER_BATCH = 256  # examples in one record batch: what a lookup divides by
+EXAMPLES = "examples.arrow"
+RECORD = "record.json"  # written last: the hash of the Arrow file, and what the builder wants remembered
+SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        ("place", pa.string()),
+        ("source", pa.int32()),
+        ("turns", pa.int32()),
+        ("length", pa.int32()),
+        ("num_targets", pa.int32()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One example with where it comes from: `source` counts the sources from 0.
+
+    `turns` are those of its whole row on the row's first example, and 0 on the others.
+    """
+
+    example: Example
+    place: str
+    source: int
+    turns: int
+
+
+class ExampleStore:
+    """The examples of one folder, in file order. N: their number.
+
+    lengths, num_targets, sources, turns: int32 [N]. record: what the builder returned.
+    """
+
+    def __init__(self, folder: Path, record: dict[str, Any]) -> None:
+        self.record = record
+        reader = pa.ipc.open_file(pa.memory_map(str(folder / EXAMPLES)))
+        self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+        self.lengths = self._column("length")
+        self.num_targets = self._column("num_targets")
+        self.sources = self._column("source")
+        self.turns = self._column("turns")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def fetch(self, indices: Sequence[int] | np.ndarray) -> list[Example]:
+        return [Example(self._ids(index, "input_ids"), self._ids(index, "labels")) for index in map(int, indices)]
+
+    def places(self, indices: Sequence[int] | np.ndarray) -> list[str]:
+        return [str(self._cell(index, "place").as_py()) for index in map(int, indices)]
+
+    def _ids(self, index: int, column: str) -> list[int]:
+        ids: list[int] = self._cell(index, column).values.to_numpy().tolist()
+        return ids
+
+    def _cell(self, index: int, column: str) -> Any:
+        batch, row = divmod(index, ROWS_PER_BATCH)
+        return self._batches[batch].column(column)[row]
+
+    def _column(self, name: str) -> np.ndarray:
+        parts = [batch.column(name).to_numpy() for batch in self._batches]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+
+def built_once(folder: Path, build: Callable[[Path], dict[str, Any]]) -> ExampleStore:
+    """The store in `folder`; where there is none that is whole, `build(partial_folder)` makes it under a lock."""
+    store = _opened(folder)
+    if store is not None:
+        return store
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        store = _opened(folder)  # another process may have built it while this one waited
+        if store is not None:
+            return store
+        partial = folder.with_name(f"{folder.name}.partial")
+        for stale in (partial, folder):
+            shutil.rmtree(stale, ignore_errors=True)
+        partial.mkdir()
+        try:
+            record = {**build(partial), "sha256": _sha256(partial / EXAMPLES)}
+            (partial / RECORD).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DataError(
+                f"{folder.parent}: no room for the rendered examples; free some, or set CHATLORA_CACHE to another disk"
+            ) from error
+        partial.rename(folder)
+        store = _opened(folder)
+        assert store is not None, f"{folder} is broken although it was just written"
+        return store
+
+
+def write_examples(folder: Path, stored: Iterable[Stored]) -> None:
+    with pa.OSFile(str(folder / EXAMPLES), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        for batch in _batched(stored):
+            writer.write_batch(batch)
+
+
+def _batched(stored: Iterable[Stored]) -> Iterator[pa.RecordBatch]:
+    rows: list[dict[str, Any]] = []
+    for item in stored:
+        rows.append(_as_columns(item))
+        if len(rows) == ROWS_PER_BATCH:
+            yield pa.RecordBatch.from_pylist(rows, SCHEMA)
+            rows.clear()
+    if rows:
+        yield pa.RecordBatch.from_pylist(rows, SCHEMA)
+
+
+def _as_columns(item: Stored) -> dict[str, Any]:
+    labels = item.example.labels
+    return {
+        "input_ids": item.example.input_ids,
+        "labels": labels,
+        "place": item.place,
+        "source": item.source,
+        "turns": item.turns,
+        "length": len(item.example.input_ids),
+        "num_targets": count_targets(labels),
+    }
+
+
+def count_targets(labels: Sequence[int]) -> int:
+    """Targets that a model is asked for: nothing in its own conversation predicts the first token."""
+    return len(labels) - 1 - labels[1:].count(IGNORE_INDEX)
+
+
+def _opened(folder: Path) -> ExampleStore | None:
+    """The store, if it is there and every byte of it is as it was written."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if record["sha256"] != _sha256(folder / EXAMPLES):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return ExampleStore(folder, record)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,97 @@
+"""The first look: every row of every source parsed once, before anything is rendered.
+
+It finds all mistakes of all sources, counts the rows, and sees whether any carries reasoning, which decides what the
+chat template is told. What it found is kept in the cache, by the contents of the sources.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from chatlora.config import Source
+from chatlora.data.conversation import Conversation
+from chatlora.data.sources import fingerprint, read_conversations
+from chatlora.data.watching import watched
+from chatlora.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A source with its use (the split of a hub data set that names none) and the sha256 of its contents."""
+
+    source: Source
+    split: str
+    sha256: str
+
+    @property
+    def identity(self) -> list[Any]:
+        """All that its conversations and their places depend on."""
+        source = self.source
+        columns = sorted(source.columns.items())
+        return [source.path, self.sha256, source.format, columns, source.split or self.split]
+
+    def conversations(self, system: str | None = None) -> Iterator[Conversation]:
+        return read_conversations(self.source, system=system, split=self.split)
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """rows: how many each input has."""
+
+    any_reasoning: bool
+    rows: list[int]
+
+
+def inputs_of(sources: Sequence[Source], split: str) -> list[Input]:
+    return [Input(source, split, fingerprint(source, split=split)) for source in sources]
+
+
+def survey(inputs: Sequence[Input], cache_folder: Path) -> Survey:
+    """Parse every row, or recall what that found. Raises one DataError with all mistakes of all sources."""
+    key = digest([code_digest(), [each.identity for each in inputs]])
+    path = cache_folder / f"survey-{key}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        try:
+            return Survey(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            found = _look(inputs)  # not there yet, or broken
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(found)), encoding="utf-8")
+        partial.replace(path)
+    return found
+
+
+def _look(inputs: Sequence[Input]) -> Survey:
+    rows: list[int] = []
+    problems: list[str] = []
+    any_reasoning = False
+    for each in inputs:
+        rows.append(0)
+        try:
+            for conversation in watched(each.conversations(), f"reading {each.source.path}", None):
+                rows[-1] += 1
+                any_reasoning = any_reasoning or any(message.reasoning for message in conversation.messages)
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(*problems)
+    return Survey(any_reasoning, rows)
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def code_digest() -> str:
+    """sha256 of this folder's code: what another version of it rendered is not taken for this one's."""
+    modules = sorted(Path(__file__).parent.glob("*.py"))
+    return digest([[module.name, hashlib.sha256(module.read_bytes()).hexdigest()] for module in modules])
