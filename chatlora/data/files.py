@@ -18,6 +18,7 @@ from chatlora.data.formats import KNOWN_COLUMNS
 UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 _UTF16 = "the file is UTF-16; convert it with: iconv -f UTF-16 -t UTF-8"
+_TOO_DEEP = "lists and objects are nested too deeply to be read"
 _WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -72,7 +73,9 @@ def _parse_line(line: bytes) -> Row | BadRow:
                 "was the file cut while it was written or copied? Write it again, or remove the line"
             )
         return BadRow(f"not JSON at column {error.pos + 1} ({error.msg}): {_around(text, error.pos)!r}")
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        return BadRow(_TOO_DEEP)
+    except ValueError as error:
         return BadRow(str(error))
 
 
@@ -125,7 +128,8 @@ def _json_values(text: str) -> Iterator[tuple[Any, int, int]]:
             )
             return
         except (ValueError, RecursionError) as error:
-            yield BadRow(f"{error}; nothing after it was read"), begin, -1
+            problem = _TOO_DEEP if isinstance(error, RecursionError) else str(error)
+            yield BadRow(f"{problem}; nothing after it was read"), begin, -1
             return
         yield value, begin, end
     if listed and end >= len(text):
