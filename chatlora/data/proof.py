@@ -22,6 +22,7 @@ PROMPT = FAILED + "the ids before a target are not those of its prompt"
 REPLY = FAILED + "the targets do not decode to the reply"
 STOP = FAILED + "the targets do not end with a stop token"
 CONTROL = FAILED + "the control tokens are not the template's"
+CANNOT_SPELL = "the tokenizer cannot spell the reply's text"
 BOS = FAILED + "more than one beginning-of-sequence token"
 
 
@@ -34,7 +35,7 @@ class Proof:
         self.spellings = text.spellings
         self.stop_ids = frozenset(stop_ids)
         # transformers renders the date of today, whatever the date asked for.
-        self.dated = template.knows("strftime_now")
+        self.dated = "strftime_now" in template.text
         self._canonical_tails = functools.lru_cache(maxsize=1024)(self._canonical)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -56,20 +57,28 @@ class Proof:
         stretches = _stretches(ids, labels)
         if len(stretches) != len(turns):
             raise SetAside(STRETCHES, f"{len(stretches)} for {len(turns)} turns")
+        messages = conversation.as_template_input()
         done, seen = 0, 0
         for (start, end), turn in zip(stretches, turns, strict=True):
             self._prove_prompt(ids, done, start, turn.prompt, seen)
-            self._prove_reply(ids[start:end], conversation, turn)
+            self._prove_reply(ids[start:end], messages[turn.index], turn)
             done, seen = end, len(turn.prompt) + len(turn.reply)
-        self._prove_as_inference(ids, stretches[-1], conversation, turns[-1])
         bos = self.tokenizer.bos_token_id
         if bos is not None and list(ids[:2]) == [bos, bos]:
             raise SetAside(BOS)
+        start, end = stretches[-1]
+        if is_masked(turns[-1].prompt) or is_masked(turns[-1].reply):
+            self._prove_controls(ids[:end], turns[-1])
+        elif list(ids[:start]) != self._inference_ids(messages, conversation.tools, turns[-1]):
+            raise SetAside(PROMPT)
 
     def _prove_prompt(self, ids: Sequence[int], done: int, start: int, prompt: str, seen: int) -> None:
         """ids[done:start] spell the rest of the prompt, and its last stretch is cut into tokens as alone."""
         if not self._same(self._spelled(ids[done:start]), unmask(prompt[seen:])):
-            raise SetAside(PROMPT)
+            # Where the tokenizer loses characters (some know only most bytes), inference loses them too.
+            if is_masked(prompt) or self._canonical(prompt) != tuple(ids[:start]):
+                raise SetAside(PROMPT)
+            return
         # Control tokens cut the text before any merge: only what follows the last one depends on where the text ends.
         last = next((index for index in range(start - 1, -1, -1) if ids[index] in self.spellings), 0)
         spelling = self.spellings.get(ids[last])
@@ -78,38 +87,34 @@ class Proof:
         if position < 0 or (not is_masked(tail) and self._canonical_tails(tail) != tuple(ids[last:start])):
             raise SetAside(PROMPT)
 
-    def _prove_reply(self, targets: Sequence[int], conversation: Conversation, turn: Turn) -> None:
-        spelled = self._spelled(targets)
-        if not self._same(spelled, unmask(turn.reply)):
-            raise SetAside(REPLY)
+    def _prove_reply(self, targets: Sequence[int], message: dict[str, Any], turn: Turn) -> None:
+        spelled, reply = self._spelled(targets), unmask(turn.reply)
+        if not self._same(spelled, reply):
+            can = is_masked(turn.reply) or self._same(self._spelled(self._canonical(reply)), reply)
+            raise SetAside(REPLY if can else CANNOT_SPELL)
         if targets[-1] not in self.stop_ids:
             raise SetAside(STOP)
-        message = conversation.as_template_input()[turn.index]
         end_of_parts(self._normalized(spelled), reply_parts(self._normalized(message)))
 
-    def _prove_as_inference(
-        self, ids: Sequence[int], stretch: tuple[int, int], conversation: Conversation, turn: Turn
-    ) -> None:
-        """What leads to the last target is what `apply_chat_template` gives; where text is masked, its controls."""
-        start, end = stretch
-        if is_masked(turn.prompt) or is_masked(turn.reply):
-            encoded = self.tokenizer.backend_tokenizer.encode(turn.prompt + turn.reply, add_special_tokens=False)
-            if [id for id in encoded.ids if id in self.spellings] != [id for id in ids[:end] if id in self.spellings]:
-                raise SetAside(CONTROL)
-            return
+    def _prove_controls(self, ids: Sequence[int], turn: Turn) -> None:
+        """The control tokens are those that the untouched tokenizer finds where the messages' text is masked."""
+        encoded = self.tokenizer.backend_tokenizer.encode(turn.prompt + turn.reply, add_special_tokens=False)
+        if [id for id in encoded.ids if id in self.spellings] != [id for id in ids if id in self.spellings]:
+            raise SetAside(CONTROL)
+
+    def _inference_ids(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]], turn: Turn) -> list[int]:
+        """What transformers gives for the messages in front of the turn."""
         if self.dated:
-            expected = self.tokenizer(turn.prompt, add_special_tokens=False)["input_ids"]
-        else:
-            expected = self.tokenizer.apply_chat_template(
-                conversation.as_template_input()[: turn.index],
-                tools=list(conversation.tools) or None,
-                chat_template=self.template.text,
-                add_generation_prompt=True,
-                return_dict=False,
-                **self.template.kwargs,
-            )
-        if list(ids[:start]) != expected:
-            raise SetAside(PROMPT)
+            return list(self._canonical(turn.prompt))
+        ids: list[int] = self.tokenizer.apply_chat_template(
+            messages[: turn.index],
+            tools=list(tools) or None,
+            chat_template=self.template.text,
+            add_generation_prompt=True,
+            return_dict=False,
+            **self.template.kwargs,
+        )
+        return ids
 
     # ---- decoding
 

@@ -6,7 +6,7 @@ the template renders after that, up to the token that stops generation. Both hol
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from chatlora.data.conversation import Conversation
@@ -81,7 +81,7 @@ def read_turn(
     last = index + 1 == len(messages)
     rendered = full if full is not None and last else template.render(messages[: index + 1], tools, prompt=False)
     if not rendered.startswith(prompt):
-        raise SetAside(NOT_CONTINUED)
+        raise SetAside(NOT_CONTINUED, _options_tried(template, messages, tools, index))
     region = rendered[len(prompt) :]
     message = messages[index]
     after = end_of_parts(region, reply_parts(message))
@@ -116,6 +116,19 @@ def _check_witness(template: ChatTemplate, messages: Messages, tools: Messages, 
     if not rendered.startswith(prompt):
         raise SetAside(NOT_CONTINUED)
     end_of_parts(rendered[len(prompt) :], iter(witness.parts))
+
+
+def _options_tried(template: ChatTemplate, messages: Messages, tools: Messages, index: int) -> str:
+    """Which `enable_thinking` would make the reply continue its prompt, for the person who reads why it was refused."""
+    told = f"under chat_template_kwargs {dict(template.kwargs)}"
+    if not template.knows("enable_thinking"):
+        return told
+    for value in (False, True):
+        other = replace(template, kwargs={**template.kwargs, "enable_thinking": value})
+        prompt = other.render(messages[:index], tools, prompt=True)
+        if other.render(messages[: index + 1], tools, prompt=False).startswith(prompt):
+            return f"{told}; with enable_thinking: {str(value).lower()} it does"
+    return f"{told}; with enable_thinking: false or true neither"
 
 
 class _Probe:
@@ -163,9 +176,10 @@ class _Probe:
 
     def _after(self, words: str, messages: Messages) -> str:
         try:
-            return self.template.render(messages, (), prompt=False).rpartition(words)[2]
+            _, found, after = self.template.render(messages, (), prompt=False).rpartition(words)
         except SetAside:  # the template wants something else of a conversation; rows will tell
             return ""
+        return after if found else ""
 
     def _between_messages(self, question: Any, call: Any, result: Any) -> str:
         """What follows the call when the tool's answer comes next."""

@@ -1,0 +1,70 @@
+"""What an exact example is, said a second time: slowly, with `apply_chat_template` and `decode` only."""
+
+from typing import Any
+
+from chatlora.data.conversation import Conversation
+from chatlora.data.rendering import IGNORE_INDEX, Example, Renderer
+
+
+def stretches(example: Example) -> list[tuple[int, int]]:
+    """(start, end) of each stretch of targets."""
+    marks = [False, *(label != IGNORE_INDEX for label in example.labels), False]
+    edges = [index for index in range(len(marks) - 1) if marks[index] != marks[index + 1]]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def rendered_ids(renderer: Renderer, conversation: Conversation, num_messages: int, *, prompt: bool) -> list[int]:
+    return list(_apply(renderer, conversation, num_messages, prompt, tokenize=True, return_dict=False))
+
+
+def rendered_text(renderer: Renderer, conversation: Conversation, num_messages: int, *, prompt: bool) -> str:
+    return str(_apply(renderer, conversation, num_messages, prompt, tokenize=False))
+
+
+def assert_exact(renderer: Renderer, conversation: Conversation, examples: tuple[Example, ...]) -> None:
+    """Each assistant message is the target of one stretch, which begins where its prompt ends. No control text."""
+    assistants = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
+    prompts = {index: rendered_ids(renderer, conversation, index, prompt=True) for index in assistants}
+    found = []
+    for example in examples:
+        assert all(label in (IGNORE_INDEX, id) for id, label in zip(example.input_ids, example.labels, strict=True))
+        for start, end in stretches(example):
+            index = next(index for index in assistants if prompts[index] == example.input_ids[:start])
+            found.append(index)
+            _assert_reply(renderer, conversation, index, example.input_ids[:end], start)
+    assert sorted(found) == assistants
+
+
+def _assert_reply(renderer: Renderer, conversation: Conversation, index: int, ids: list[int], start: int) -> None:
+    message = conversation.messages[index]
+    decode = renderer.tokenizer.decode
+    reply = decode(ids[start:])
+    assert ids[-1] in renderer.stop_ids
+    assert not set(ids[start:-1]).intersection(renderer.stop_ids)
+    assert message.content.strip() in reply
+    assert (message.reasoning or "").strip() in reply
+    for call in message.tool_calls:
+        assert call.name in reply
+    whole = rendered_text(renderer, conversation, index + 1, prompt=False)
+    assert whole.startswith(decode(ids[:-1])), "what the template renders, but for the stop token"
+
+
+def control_ids(renderer: Renderer, ids: list[int]) -> list[int]:
+    return [id for id in ids if id in renderer.tokenizer.added_tokens_decoder]
+
+
+def without_added_tokens(tokenizer: Any, text: str) -> str:
+    for token in tokenizer.added_tokens_decoder.values():
+        text = text.replace(token.content, "")
+    return text
+
+
+def _apply(renderer: Renderer, conversation: Conversation, num_messages: int, prompt: bool, **options: Any) -> Any:
+    return renderer.tokenizer.apply_chat_template(
+        conversation.as_template_input()[:num_messages],
+        tools=list(conversation.tools) or None,
+        chat_template=renderer.chat_template,
+        add_generation_prompt=prompt,
+        **options,
+        **renderer.chat_template_kwargs,
+    )
