@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from chatlora.evaluation.metrics import score
     from chatlora.model.loading import load_for_inference
 
-__all__ = ["load_for_inference", "parse_row", "render", "render_for_evaluation", "score"]
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_for_inference", "parse_row", "render", "render_for_evaluation", "score"]
 
 _HOMES = {
     "load_for_inference": "chatlora.model.loading",

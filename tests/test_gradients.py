@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from chatlora.data.collate import pack, pad_right
-from chatlora.data.rendering import IGNORE_INDEX, Example
+from chatlora.data.examples import IGNORE_INDEX, Example
 from chatlora.model.attention import PACKED, why_not_packed
 from chatlora.model.loss import CHUNK, LossHead, TargetLoss
 from chatlora.model.lora import trainable
@@ -119,7 +119,7 @@ def test_packed_and_padded_equal_one_by_one(family: str, checkpointing: bool) ->
     wanted = one_by_one(model, examples)
     verdict = why_not_packed(model.get_base_model(), exact=True)
     assert (verdict is None) == (family not in NOT_PACKED), verdict
-    loss = TargetLoss(model, autocast_dtype=None).train()
+    loss = TargetLoss(model, packed=False, autocast_dtype=None).train()
     assert loss.fused == (family not in OWN_HEAD)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -155,7 +155,7 @@ def test_a_broken_attention_is_caught(broken: Any, monkeypatch: pytest.MonkeyPat
     AttentionInterface.register("broken", broken)
     monkeypatch.setattr("chatlora.model.attention.PACKED", "broken")
     assert why_not_packed(model.get_base_model(), exact=True) is not None  # the probe sees it
-    loss = TargetLoss(model, autocast_dtype=None)
+    loss = TargetLoss(model, packed=False, autocast_dtype=None)
     model.get_base_model().set_attn_implementation("broken")
     assert max(relative(through_target_loss(loss, pack(examples)), wanted)) > 1000 * TOLERANCE  # and so does this test
 
@@ -169,8 +169,7 @@ def test_a_model_that_mixes_by_more_than_attention_is_padded() -> None:
 
 def test_a_rank_without_work_gives_zero_loss_and_zero_gradients() -> None:
     model = build("llama")
-    loss = TargetLoss(model, autocast_dtype=None)
-    model.get_base_model().set_attn_implementation(PACKED)
+    loss = TargetLoss(model, packed=True, autocast_dtype=None)
     summed, grads = through_target_loss(loss, pack([]))
     assert summed == 0
     assert not grads.any()
@@ -179,7 +178,7 @@ def test_a_rank_without_work_gives_zero_loss_and_zero_gradients() -> None:
 def test_the_cache_is_off_in_training() -> None:
     model = build("llama")
     assert model.config.use_cache
-    loss = TargetLoss(model, autocast_dtype=None)
+    loss = TargetLoss(model, packed=False, autocast_dtype=None)
     assert not loss.model.get_base_model().config.use_cache
 
 
@@ -190,7 +189,7 @@ def test_a_trained_head_goes_through_the_models_own_head(trained: str) -> None:
     model = get_peft_model(base, LoraConfig(r=4, target_modules=[trained, "q_proj"], task_type="CAUSAL_LM"))
     examples = conversations()
     wanted = one_by_one(model, examples)
-    loss = TargetLoss(model, autocast_dtype=None)
+    loss = TargetLoss(model, packed=False, autocast_dtype=None)
     assert not loss.fused
     assert max(relative(through_target_loss(loss, pad_right(examples)), wanted)) <= TOLERANCE
 
@@ -225,8 +224,7 @@ def test_bf16_keeps_the_adapter_in_fp32_and_follows_fp32(checkpointing: bool) ->
                 parameter.data = parameter.data.to(dtype)
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        loss = TargetLoss(model, autocast_dtype=None if dtype == torch.float32 else dtype).train()
-        model.get_base_model().set_attn_implementation(PACKED)
+        loss = TargetLoss(model, packed=True, autocast_dtype=None if dtype == torch.float32 else dtype).train()
         optimizer = torch.optim.AdamW(adapter.values(), lr=3e-3)
         losses[dtype] = []
         for step in range(20):
@@ -250,7 +248,7 @@ def test_on_a_gpu_packed_equals_one_by_one(family: str, dtype: torch.dtype, tole
     for name, parameter in model.named_parameters():
         if name not in adapter:
             parameter.data = parameter.data.to(dtype)
-    loss = TargetLoss(model, autocast_dtype=None if dtype == torch.float32 else dtype)
+    loss = TargetLoss(model, packed=False, autocast_dtype=None if dtype == torch.float32 else dtype)
     on_gpu = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in pack(examples).items()}
     single = [{key: value.cuda() for key, value in pad_right([example]).items()} for example in examples]
     total = 0.0

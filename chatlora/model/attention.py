@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from chatlora.data.collate import pack
-from chatlora.data.rendering import Example
+from chatlora.data.examples import Example
 
 PACKED = "chatlora_packed"
 PROBE_LENGTHS = (37, 61)

@@ -16,6 +16,8 @@ from transformers import (
 )
 
 from chatlora.config import ModelConfig
+from chatlora.data.rendering import Renderer
+from chatlora.data.template import chat_template_of, resolve_template_kwargs
 from chatlora.errors import ModelError
 from chatlora.model.demo import embedded_model
 
@@ -45,6 +47,19 @@ def load_base_model(model: ModelConfig, *, dtype: torch.dtype) -> PreTrainedMode
     base = _from_pretrained(AutoModelForCausalLM, model, dtype=dtype, use_safetensors=True, attn_implementation="sdpa")
     assert base.dtype == dtype
     return base
+
+
+def renderer_for(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, *, any_reasoning: bool) -> Renderer:
+    """The renderer that training, evaluation and chat share: one template, one date, one set of stop tokens."""
+    kwargs = resolve_template_kwargs(
+        chat_template_of(tokenizer, None), model.chat_template_kwargs, any_reasoning=any_reasoning
+    )
+    return Renderer(
+        tokenizer,
+        chat_template_kwargs=kwargs,
+        chat_template_date=model.chat_template_date,
+        generation_stop_ids=generation_stop_ids(model),
+    )
 
 
 def generation_stop_ids(model: ModelConfig) -> tuple[int, ...]:

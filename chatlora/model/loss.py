@@ -13,7 +13,8 @@ from torch.nn import functional
 from torch.nn.modules import LinearCrossEntropyOptions
 from transformers import PreTrainedModel
 
-from chatlora.data.rendering import IGNORE_INDEX
+from chatlora.data.examples import IGNORE_INDEX
+from chatlora.model.attention import PACKED
 
 CHUNK = 256  # target rows whose logits exist at a time
 
@@ -53,7 +54,7 @@ class TargetLoss(nn.Module):
     module's forward DDP's ranks drift apart silently. No targets gives 0 and zero gradients.
     """
 
-    def __init__(self, model: PeftModel, *, autocast_dtype: torch.dtype | None) -> None:
+    def __init__(self, model: PeftModel, *, packed: bool, autocast_dtype: torch.dtype | None) -> None:
         super().__init__()
         self.model = model
         self.autocast_dtype = autocast_dtype
@@ -69,6 +70,8 @@ class TargetLoss(nn.Module):
                     module.cast_input_dtype_enabled = False
         if self.fused:
             causal.set_output_embeddings(LossHead(causal.get_output_embeddings()))
+        if packed:
+            causal.set_attn_implementation(PACKED)
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **arguments: Any) -> torch.Tensor:
         """input_ids, labels: [B, T] (B = 1 if packed), `arguments` as collate.py makes them -> scalar, fp32."""

@@ -4,6 +4,7 @@ import json
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,27 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import chatlora
 from chatlora.cache import cache_root
 from chatlora.config import Config
 from chatlora.config_files import Loaded
 from chatlora.data.batches import GlobalBatches
-from chatlora.data.dataset import ExampleSet, PreparedData, prepare_training_data, summary_lines
+from chatlora.data.dataset import ExampleSet, PreparedData, prepare_training_data
+from chatlora.data.ledger import summary_lines
 from chatlora.data.rendering import Renderer
 from chatlora.errors import ConfigError, OutOfMemoryError
-from chatlora.model.attention import PACKED, why_not_packed
+from chatlora.model.attention import why_not_packed
 from chatlora.model.identity import base_model_identity
-from chatlora.model.loading import generation_stop_ids, load_base_model, load_tokenizer
+from chatlora.model.loading import load_base_model, load_tokenizer, renderer_for
 from chatlora.model.lora import add_lora, describe_lora, save_adapter, trainable
 from chatlora.model.loss import TargetLoss
 from chatlora.run_directory import RunDirectory, claim
 from chatlora.training.runtime import Runtime
 from chatlora.training.timetable import Timetable
 
-PACKAGES = ("chatlora", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
     renderers: list[Renderer] = []
 
     def make_renderer(any_reasoning: bool) -> Renderer:
-        renderers.append(build_renderer(tokenizer, config.model, any_reasoning=any_reasoning))
+        renderers.append(renderer_for(tokenizer, config.model, any_reasoning=any_reasoning))
         return renderers[0]
 
     data = prepare_training_data(config.data, config.run.seed, make_renderer, cache=cache_root(), say=run.say)
@@ -89,6 +93,8 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
         run.say(line)
     config = config.with_values("model", chat_template_kwargs=renderer.chat_template_kwargs)
 
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     base = load_base_model(config.model, dtype=runtime.dtype).to(runtime.device)
     runtime = choose_layout(base, runtime, run)
     identity = base_model_identity(base)
@@ -97,7 +103,7 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
         run.say(line)
     if config.model.gradient_checkpointing:
         adapted.activation_checkpointing_enable({"use_reentrant": False})
-    loss = TargetLoss(adapted, autocast_dtype=runtime.autocast_dtype)
+    loss = TargetLoss(adapted, packed=not runtime.padded, autocast_dtype=runtime.autocast_dtype)
     optimizer = torch.optim.AdamW(
         list(trainable(loss).values()),
         weight_decay=config.optim.weight_decay,
@@ -127,7 +133,6 @@ def choose_layout(base: PreTrainedModel, runtime: Runtime, run: RunDirectory) ->
     """Packed where the loaded model computes the same packed, else right-padded; said once, with the reason."""
     reason = why_not_packed(base, exact=runtime.dtype == torch.float32)
     if reason is None:
-        base.set_attn_implementation(PACKED)
         run.say("batches are packed: on this model, probed, conversations do not see each other and nothing is padded")
         return runtime
     run.say(f"batches are padded: this model cannot be packed here, {reason}")
@@ -171,7 +176,11 @@ def environment(
 ) -> dict[str, Any]:
     """What this run ran on and with: enough to tell two runs apart."""
     return {
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "versions": {
+            "chatlora": chatlora.__version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+        },
         "commit": _commit(),
         "hardware": runtime.hardware(),
         "engine": runtime.engine,

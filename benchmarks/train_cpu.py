@@ -1,0 +1,222 @@
+"""Training speed on this machine's CPU: this project's loop against transformers' Trainer.
+
+    python benchmarks/train_cpu.py [--data FILE] [--steps N] [--rounds N]
+
+Both train the same LoRA on the same rows, rendered once, in the same steps of 16 examples, with all cores, on the
+embedded SmolLM2-135M. Each measurement is a process of its own; the contenders take turns, so that a noisy machine is
+noisy for both. Tokens are real ones: padding does not count. Read the ratios, not the absolute figures.
+
+The Trainer runs with good settings, not its defaults: no gradient checkpointing, fused AdamW, padding to the longest
+of a batch of 8, and in bf16 autocast over an fp32 base (a bf16 base with padded masks is slower still on a CPU).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BATCH, TRAINER_BATCH, WARM_UP = 16, 8, 1
+MODEL = "embedded:smollm2-135m-instruct"
+
+
+def config_for(data: str, precision: str) -> Any:
+    from chatlora.config import Config
+
+    return Config.model_validate(
+        {
+            "model": {"name_or_path": MODEL},
+            "data": {"train": data, "validation": 0, "max_length": 1024},
+            "optim": {"global_batch_size": BATCH, "learning_rate": 2e-4, "schedule": "constant", "warmup_ratio": 0},
+            "run": {"precision": precision},
+        }
+    )
+
+
+def rendered(config: Any) -> Any:
+    """The same examples for every contender."""
+    from chatlora.cache import cache_root
+    from chatlora.data.dataset import prepare_training_data
+    from chatlora.model.loading import load_tokenizer, renderer_for
+
+    tokenizer = load_tokenizer(config.model)
+    return prepare_training_data(
+        config.data,
+        config.run.seed,
+        lambda any_reasoning: renderer_for(tokenizer, config.model, any_reasoning=any_reasoning),
+        cache=cache_root(),
+        say=lambda line: None,
+    ).train
+
+
+def chatlora(config: Any, steps: int) -> Iterator[tuple[int, float, float]]:
+    """(tokens, seconds, loss) of each step of train.py's own loop."""
+    import tempfile
+    from dataclasses import dataclass, field
+
+    import train
+    from chatlora.training import runtime as engine
+    from chatlora.training import stage
+
+    @dataclass
+    class Clock:
+        """Takes the place of the run directory's log."""
+
+        last: float = 0.0
+        steps: list[tuple[int, float, float]] = field(default_factory=list)
+
+        def log(self, done: int, *, loss: float, batch: Any, **others: float) -> None:
+            now = time.perf_counter()
+            self.steps.append((batch.num_tokens, now - self.last, loss))
+            self.last = now
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = config.with_values("run", output_dir=Path(folder)).with_values("optim", max_steps=steps)
+        runtime = engine.start(config)
+        lock = stage.claim(config, "bench")[1]
+        run = stage.RunDirectory(Path(folder), lock=lock, peak_memory=runtime.peak_memory_bytes)
+        actors = stage.set_up(config, runtime, run)
+        clock = Clock(time.perf_counter())
+        train.train(actors.config, actors.runtime, clock, *actors.in_the_loop)  # type: ignore[arg-type]
+    yield from clock.steps
+
+
+def trainer(config: Any, steps: int) -> Iterator[tuple[int, float, float]]:
+    """(tokens, seconds, loss) of each step of transformers' Trainer on the same examples in the same steps."""
+    import tempfile
+
+    import torch
+    from torch.utils.data import Dataset, Sampler, SequentialSampler
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+    from chatlora.data.batches import GlobalBatches
+    from chatlora.model.loading import load_base_model, load_tokenizer
+    from chatlora.model.lora import add_lora
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    examples = rendered(config)
+    batches = GlobalBatches(examples.lengths, examples.num_targets, BATCH, 1024, config.run.seed, 1)
+    order = [index for step in range(steps) for index in sorted(batches[step].indices.tolist())]
+    model = add_lora(load_base_model(config.model, dtype=torch.float32), config.lora, config.run.seed)
+    model.config.use_cache = False
+    ticks: list[float] = []
+
+    class Rows(Dataset[Any]):
+        def __len__(self) -> int:
+            return len(order)
+
+        def __getitem__(self, position: int) -> dict[str, list[int]]:
+            (example,) = examples.fetch([order[position]])
+            ids = example.input_ids
+            return {"input_ids": ids, "labels": example.labels, "attention_mask": [1] * len(ids)}
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_: Any) -> Sampler[int]:
+            return SequentialSampler(range(len(order)))
+
+    class Ticks(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            ticks.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ticks.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            use_cpu=True,
+            bf16=config.run.precision == "bf16",
+            per_device_train_batch_size=TRAINER_BATCH,
+            gradient_accumulation_steps=BATCH // TRAINER_BATCH,
+            max_steps=steps,
+            learning_rate=2e-4,
+            lr_scheduler_type="constant",
+            optim="adamw_torch_fused",
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        tokenizer = load_tokenizer(config.model)
+        runner = InOrder(
+            model,
+            arguments,
+            train_dataset=Rows(),
+            data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+            callbacks=[Ticks()],
+        )
+        runner.train()
+        losses = [entry["loss"] for entry in runner.state.log_history if "loss" in entry]
+    for step in range(steps):
+        yield batches[step].num_tokens, ticks[step + 1] - ticks[step], losses[step]
+
+
+CONTENDERS = {"chatlora": chatlora, "Trainer": trainer}
+
+
+def measure(name: str, precision: str, data: str, steps: int) -> None:
+    """One process's work: steps as JSON on the last line of standard output, with the peak memory."""
+    import resource
+
+    found = list(CONTENDERS[name](config_for(data, precision), steps + WARM_UP))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"steps": found, "peak_gib": peak}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", default="embedded:demo/train.jsonl", help="training rows, in any form that train.py takes"
+    )
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of one measurement")
+    parser.add_argument("--rounds", type=int, default=2, help="measurements of each contender")
+    parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], help="default: what this CPU multiplies")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measure(*arguments.measure, arguments.data, arguments.steps)
+        return
+
+    import torch
+
+    from chatlora.training.runtime import multiplies_bf16
+
+    bf16 = multiplies_bf16(torch.device("cpu"))
+    precisions = arguments.precision or (["fp32", "bf16"] if bf16 else ["fp32"])
+    vectors = "AVX512-BF16" if torch.cpu.get_capabilities().get("avx512_bf16") else "AVX2 or other"
+    print(f"{torch.cpu.get_capabilities().get('cpu_name')}, {os.cpu_count()} cores, {vectors}; {arguments.data}\n")
+    print("| precision | contender | tokens/s (median step) | best step | peak GiB | loss of the last step |")
+    print("|---|---|---|---|---|---|")
+    for precision in precisions:
+        speeds: dict[str, float] = {}
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+        for _ in range(arguments.rounds):
+            for name in CONTENDERS:
+                runs[name].append(in_a_process(name, precision, arguments))
+        for name, measured in runs.items():
+            each = [tokens / seconds for run in measured for tokens, seconds, _ in run["steps"][WARM_UP:]]
+            speeds[name] = statistics.median(each)
+            peak, loss = max(run["peak_gib"] for run in measured), measured[0]["steps"][-1][2]
+            print(f"| {precision} | {name} | {speeds[name]:.0f} | {max(each):.0f} | {peak:.1f} | {loss:.4f} |")
+        print(f"| {precision} | **ratio** | **{speeds['chatlora'] / speeds['Trainer']:.2f}** | | | |", flush=True)
+
+
+def in_a_process(name: str, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--measure", name, precision]
+    command += ["--data", arguments.data, "--steps", str(arguments.steps)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    told = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if told.returncode:
+        sys.exit(f"{name} in {precision} failed:\n{told.stderr[-3000:]}")
+    outcome: dict[str, Any] = json.loads(told.stdout.strip().splitlines()[-1])
+    return outcome
+
+
+if __name__ == "__main__":
+    main()
