@@ -1,34 +1,27 @@
 """All rows are rendered once, split by the seed over rows, found again in the cache, and every one is accounted for."""
 
-import errno
 import json
-import multiprocessing
-import os
-import signal
 import subprocess
 import sys
-import threading
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny_tokenizers import CHATML_TOKENS, QWEN3, THINK_TOKENS, TOOL_TOKENS, tiny_tokenizer
+from tiny_tokenizers import QWEN3, THINK_TOKENS, TOOL_TOKENS, tiny_tokenizer
 
 from chatlora.config import DataConfig, Source
 from chatlora.data.dataset import (
     ExampleSet,
     PreparedData,
-    prepare_evaluation_data,
     prepare_training_data,
     summary_lines,
 )
-from chatlora.data.examples import IGNORE_INDEX, Example
+from chatlora.data.examples import IGNORE_INDEX
 from chatlora.data.rendering import Renderer
 from chatlora.data.sources import read_conversations
-from chatlora.data.store import EXAMPLES, RECORD, ExampleStore, Stored, built_once, count_targets, write_examples
+from chatlora.data.store import EXAMPLES, RECORD
 from chatlora.errors import DataError
 
 PLAIN = Renderer(tiny_tokenizer())
@@ -122,11 +115,6 @@ def test_the_store_gives_back_what_was_rendered(tmp_path: Path) -> None:
     ]
     shuffled = np.array([700, 3, 3, 256, 255])
     assert data.train.fetch(shuffled) == [expected[index][1] for index in shuffled]
-
-
-def test_the_first_token_is_no_target_since_nothing_predicts_it() -> None:
-    assert count_targets([5, IGNORE_INDEX, 5, 5]) == 2
-    assert count_targets([IGNORE_INDEX, 5]) == 1
 
 
 # ---- split and repeat
@@ -232,62 +220,6 @@ def test_a_broken_folder_is_built_again(tmp_path: Path, damage: str) -> None:
     assert (folder / EXAMPLES).read_bytes() == content
 
 
-def build_three(folder: Path) -> dict[str, Any]:
-    write_examples(folder, [Stored(Example([7, number], [-100, number]), f"t:{number}", 0, 1) for number in range(3)])
-    return {}
-
-
-def test_of_several_that_start_at_once_one_builds(tmp_path: Path) -> None:
-    start, together = threading.Barrier(4), threading.Barrier(2)
-    built, stores = [], []
-
-    def build(folder: Path) -> dict[str, Any]:
-        built.append(folder)
-        with suppress(threading.BrokenBarrierError):
-            together.wait(timeout=0.5)  # two builders at once would meet here
-        return build_three(folder)
-
-    def run() -> None:
-        start.wait()
-        stores.append(built_once(tmp_path / "key", build))
-
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(built) == 1
-    assert together.broken
-    assert [store.lengths.tolist() for store in stores] == [[2, 2, 2]] * 4
-
-
-def die_while_building(folder: Path) -> dict[str, Any]:
-    build_three(folder)
-    os.kill(os.getpid(), signal.SIGKILL)
-    return {}
-
-
-def test_a_builder_that_was_killed_leaves_nothing_in_the_way(tmp_path: Path) -> None:
-    builder = multiprocessing.get_context("fork").Process(
-        target=built_once, args=(tmp_path / "key", die_while_building)
-    )
-    builder.start()
-    builder.join()
-    assert builder.exitcode == -signal.SIGKILL
-    assert not (tmp_path / "key").exists()
-    store: ExampleStore = built_once(tmp_path / "key", build_three)
-    assert store.fetch([2, 0]) == [Example([7, 2], [-100, 2]), Example([7, 0], [-100, 0])]
-    assert not list(tmp_path.glob("*.partial"))
-
-
-def test_a_full_disk_is_told_with_the_setting_to_change(tmp_path: Path) -> None:
-    def build(_: Path) -> dict[str, Any]:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with pytest.raises(DataError, match="CHATLORA_CACHE"):
-        built_once(tmp_path / "key", build)
-
-
 # ---- rows that cannot be used
 
 
@@ -365,56 +297,3 @@ def test_reasoning_is_seen_before_the_renderer_is_made(tmp_path: Path, answer: s
 def test_preparing_data_needs_no_torch() -> None:
     code = "import sys, chatlora.data.dataset; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[1]).returncode == 0
-
-
-# ---- evaluation
-
-
-def evaluate(path: Path | str, **settings: Any) -> tuple[list[Any], dict[str, Any]]:
-    given = {"max_prompt_length": None, "max_new_tokens": 64, **settings}
-    samples, ledger = prepare_evaluation_data([Source(path=str(path))], PLAIN, **given)
-    return samples, ledger["sources"][0]
-
-
-def test_rows_with_equal_prompts_are_one_sample_with_all_references(shared: Path) -> None:
-    path = shared / "data" / "e2e.jsonl"
-    samples, source = evaluate(path)
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    by_prompt: dict[str, dict[str, None]] = {}
-    for row in rows:
-        by_prompt.setdefault(row["prompt"], {})[row["completion"]] = None
-    assert (source["rows_read"], source["rows_used"], len(samples)) == (4672, 4672, 547)
-    decode = PLAIN.tokenizer.decode
-    told = [[decode(ids, skip_special_tokens=True) for ids in sample.references] for sample in samples]
-    assert told == [list(completions) for completions in by_prompt.values()]
-    assert samples[0].id == f"{path}:1#0"
-    assert len({sample.id for sample in samples}) == 547
-
-
-def test_each_turn_of_a_conversation_is_a_sample(tmp_path: Path) -> None:
-    path = tmp_path / "t.jsonl"
-    write_rows(path, 1, turns=3)
-    path.write_text(path.read_text() * 2)  # equal prompts, but not of a single turn
-    samples, source = evaluate(path)
-    assert [sample.id for sample in samples] == [f"{path}:{row}#{turn}" for row in (1, 2) for turn in range(3)]
-    assert [len(sample.references) for sample in samples] == [1] * 6
-    assert (source["rows_used"], source["turns"]) == (2, 6)
-    assert [sample.turn for sample in evaluate(path, supervise="last")[0]] == [2, 2]
-
-
-def test_long_prompts_and_cut_references_are_named(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "t.jsonl", 2, turns=3)
-    whole, _ = evaluate(path)
-    limit = len(whole[1].input_ids)
-    samples, source = evaluate(path, max_prompt_length=limit)
-    assert [sample.turn for sample in samples] == [0, 1, 0, 1]
-    assert [entry["place"] for entry in source["cut"]] == [f"{path}:1", f"{path}:2"]
-    assert "turn 2" in source["cut"][0]["detail"]
-    with pytest.raises(DataError, match=r"all 2 rows were set aside.*raise evaluation\.max_prompt_length"):
-        evaluate(path, max_prompt_length=3)
-    with pytest.raises(DataError, match="max_prompt_length"):
-        evaluate(path, max_prompt_length=3, over_length="error")
-    samples, source = evaluate(path, max_new_tokens=2, over_length="cut")
-    assert {len(sample.references[0]) for sample in samples} == {2}
-    assert len(source["cut"]) == 2
-    assert CHATML_TOKENS[2] not in PLAIN.tokenizer.decode(samples[0].references[0])
