@@ -237,10 +237,11 @@ def test_the_converted_model_has_the_logits_of_the_gguf_file(made: Path, wheel: 
 
 
 @pytest.fixture(scope="session")
-def tokenizer(smollm2: Path) -> Any:
+def tokenizer(made: Path) -> Any:
+    """As this code converts it; the user's cache may hold an earlier conversion."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(smollm2, local_files_only=True)
+    return AutoTokenizer.from_pretrained(made, local_files_only=True)
 
 
 def test_the_control_tokens_are_those_of_smollm2(tokenizer: Any) -> None:
