@@ -1,10 +1,11 @@
 """Say what a model answers to held-out conversations, and score it. `python evaluate.py --help` lists the ways.
 
-The generation pass is `generate`, just below. Everything heavy is imported where it is needed, so that scoring a file
-of predictions needs no torch, and importing this file does nothing.
+`generate` is the whole generation pass; `main` sets the stage for it and shows the scores. Everything heavy is
+imported where it is needed: a file of predictions is scored without torch, and importing this file does nothing.
 """
 
-import os
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    runtime: "Runtime",
-    model: "Model",
-    batches: "Iterable[dict[str, Any]]",
-    settings: "GenerationConfig",
-    results: "Results",
+    runtime: Runtime, model: Model, batches: Iterable[dict[str, Any]], settings: GenerationConfig, results: Results
 ) -> None:
     for batch in batches:
         samples, references = batch.pop("samples"), batch.pop("output_ids")  # the model never sees the references
@@ -36,6 +33,19 @@ def main(argv: Sequence[str]) -> None:
     request = parse(argv)
     if request.predictions is not None:
         score_file(request)
+        return
+
+    from chatlora.evaluation import stage
+    from chatlora.training import runtime as engine
+
+    runtime = engine.start(request.config)
+    actors = stage.set_up(request, runtime)
+    with stage.open_folders(request.folders, runtime) as parts:
+        for name, part in parts.items():
+            with actors.on_stage(name, part) as results:
+                generate(runtime, actors.model, actors.batches(), actors.settings, results)
+        if runtime.is_main:
+            stage.score_and_show(actors, request)
 
 
 def score_file(request: Request) -> None:
@@ -48,17 +58,13 @@ def score_file(request: Request) -> None:
 
     assert request.predictions is not None
     predictions = read_predictions(request.predictions)
+    facts = {"predictions": str(request.predictions)}
     with told_in(request.output_dir):
-        scored, scores = score_into(
-            request.output_dir,
-            predictions,
-            request.config.evaluation.style,
-            {"predictions": str(request.predictions)},
-        )
+        scored, scores = score_into(request.output_dir, predictions, request.config.evaluation.style, facts)
     console = Console()
     show_samples(console, {"prediction": scored})
     show_scores(console, {request.predictions.stem: scores})
-    console.print(f"written to {request.output_dir}", highlight=False)
+    console.print(f"written to {request.output_dir}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Generation: batched equals one by one, greedy whatever the model says, every stop token, control tokens by id."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tiny_models import chatml_tokenizer, tiny_llama
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from chatlora.data.collate import pad_left
-from chatlora.data.dataset import EvalSample
+from chatlora.data.evaluation_set import EvalSample
 from chatlora.errors import LaunchError, PredictionsError
 from chatlora.evaluation import generation
 from chatlora.evaluation.generation import (
@@ -29,7 +29,7 @@ from chatlora.evaluation.generation import (
     only_these_settings,
 )
 from chatlora.evaluation.predictions import Prediction, read_predictions, read_written_so_far
-from chatlora.evaluation.shares import collect, hand_over, open_part, remove_parts, share
+from chatlora.evaluation.shares import collect, hand_over, open_parts, remove_parts, share
 from evaluate import generate
 
 MAX_NEW_TOKENS = 24
@@ -42,6 +42,15 @@ class HostRuntime:
 
     def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         return batch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """These models are so small that threads only get into each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +66,7 @@ def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def samples_of(prompts: Sequence[Sequence[int]], references: Sequence[Sequence[int]] | None = None) -> list[EvalSample]:
     return [
         EvalSample(
-            id=index,
+            id=f"rows.jsonl:{index + 1}#0",
             place=f"rows.jsonl:{index + 1}",
             turn=0,
             input_ids=list(prompt),
@@ -122,20 +131,36 @@ class Recorder(Results):
         super().append(samples, generated, references)
 
 
+STOP_IDS = [76, 258, 302]  # frequent enough that rows of one batch end at different lengths
+
+
+@pytest.fixture(scope="module")
+def some(tokenizer: PreTrainedTokenizerFast) -> list[EvalSample]:
+    return samples_of(random_prompts(16, len(tokenizer)))
+
+
+@pytest.fixture(scope="module")
+def expected(model: LlamaForCausalLM, some: list[EvalSample]) -> dict[str, tuple[list[int], list[float]]]:
+    return {sample.id: one_by_one(model, sample.input_ids, STOP_IDS) for sample in some}
+
+
 def differing_samples(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, samples: Sequence[EvalSample], path: Path
-) -> list[Any]:
-    stop_ids = [76, 258, 302]  # frequent enough that rows of one batch end at different lengths
-    results = Recorder(path, tokenizer, stop_ids)
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    expected: dict[str, tuple[list[int], list[float]]],
+    samples: Sequence[EvalSample],
+    path: Path,
+) -> list[str]:
+    results = Recorder(path, tokenizer, STOP_IDS)
     batches = (collate(batch, 300) for batch in group(samples, WIDE, MAX_NEW_TOKENS))
     with only_these_settings(model):
-        generate(HostRuntime(), model, batches, greedy_settings(MAX_NEW_TOKENS, stop_ids, 300), results)  # type: ignore[arg-type]
+        generate(HostRuntime(), model, batches, greedy_settings(MAX_NEW_TOKENS, STOP_IDS, 300), results)  # type: ignore[arg-type]
     different = []
     for sample in samples:
-        expected, gaps = one_by_one(model, sample.input_ids, stop_ids)
+        alone, gaps = expected[sample.id]
         found = results.rows[sample.id]
-        first = next((i for i, pair in enumerate(zip(expected, found, strict=False)) if pair[0] != pair[1]), None)
-        if first is None and len(expected) == len(found):
+        first = next((i for i, pair in enumerate(zip(alone, found, strict=False)) if pair[0] != pair[1]), None)
+        if first is None and len(alone) == len(found):
             continue
         if first is not None and gaps[first] < NEARLY_EQUAL:
             warnings.warn(f"sample {sample.id}: a tie of {gaps[first]:.1e} at token {first}", stacklevel=1)
@@ -145,12 +170,18 @@ def differing_samples(
 
 
 def test_batched_equals_one_by_one_token_for_token(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    expected: dict[str, tuple[list[int], list[float]]],
+    some: list[EvalSample],
+    tmp_path: Path,
 ) -> None:
-    samples = samples_of(random_prompts(20, len(tokenizer)))
-    assert differing_samples(model, tokenizer, samples, tmp_path / "predictions.jsonl") == []
-    lengths = {len(line.prediction_raw or "") for line in read_predictions(tmp_path / "predictions.jsonl")}
-    assert len(lengths) > 5
+    assert differing_samples(model, tokenizer, expected, some, tmp_path / "predictions.jsonl") == []
+    assert len({len(ids) for ids, _ in expected.values()}) > 5
+    assert {prediction.stop_reason for prediction in read_predictions(tmp_path / "predictions.jsonl")} == {
+        "stop",
+        "length",
+    }
 
 
 def _padded_on_the_right(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -167,13 +198,14 @@ def _without_a_mask(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict
 def test_wrong_padding_is_caught(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
+    expected: dict[str, tuple[list[int], list[float]]],
+    some: list[EvalSample],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     broken: Callable[..., Any],
 ) -> None:
     monkeypatch.setattr(generation, "pad_left", broken)
-    samples = samples_of(random_prompts(20, len(tokenizer)))
-    assert differing_samples(model, tokenizer, samples, tmp_path / "predictions.jsonl") != []
+    assert differing_samples(model, tokenizer, expected, some, tmp_path / "predictions.jsonl") != []
 
 
 def test_a_model_that_samples_and_forbids_is_still_greedy(
@@ -236,9 +268,19 @@ def test_control_tokens_go_by_id_and_typed_spellings_stay(tokenizer: PreTrainedT
     assert prediction.stop_reason == "stop"
 
 
+def test_an_ordinary_token_that_stops_goes_at_the_end_only(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    [newline] = tokenizer("\n")["input_ids"]
+    word = tokenizer("place")["input_ids"]
+    [sample] = samples_of([[70, 71]], [[*word, newline, *word, newline]])
+    results = Results(tmp_path / "predictions.jsonl", tokenizer, [newline])
+    results.append([sample], torch.tensor([[*word, newline, 300, 300]]), [sample.references])
+    [prediction] = read_predictions(tmp_path / "predictions.jsonl")
+    assert (prediction.prediction, prediction.reference) == ("place", "place\nplace")
+
+
 def test_several_references_are_a_list_and_one_is_a_string(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     words = [tokenizer(text)["input_ids"] for text in ("a", "place", "city")]
-    sample = EvalSample(id=0, place="rows.jsonl:1", turn=0, input_ids=words[0], references=words)
+    sample = EvalSample(id="rows.jsonl:1#0", place="rows.jsonl:1", turn=0, input_ids=words[0], references=words)
     results = Results(tmp_path / "predictions.jsonl", tokenizer, [302])
     results.append([sample], torch.tensor([[*words[1]]]), [sample.references])
     results.append([sample], torch.tensor([[*words[1]]]), [words[2:]])
@@ -266,7 +308,7 @@ def test_every_sample_is_in_one_batch_of_one_process_within_the_budget(
         share(batches, lambda batch: cost(batch, MAX_NEW_TOKENS), rank, num_processes) for rank in range(num_processes)
     ]
     dealt = [sample.id for part in shares for batch in part for sample in batch]
-    assert sorted(dealt) == list(range(len(samples)))
+    assert sorted(dealt) == sorted(sample.id for sample in samples)
     loads = [sum(cost(batch, MAX_NEW_TOKENS) for batch in part) for part in shares]
     assert max(loads) - min(loads) <= max(cost(batch, MAX_NEW_TOKENS) for batch in batches)
 
@@ -278,7 +320,7 @@ def test_the_budget_follows_from_the_size_of_the_cache(model: LlamaForCausalLM) 
 
 def test_parts_of_several_processes_come_together_in_order(tmp_path: Path) -> None:
     wanted = [(index, 0) for index in range(5)]
-    parts = [open_part(tmp_path, rank, 2, lambda: None) for rank in (0, 1)]
+    parts = [open_parts({"model": tmp_path}, rank, 2, lambda: None)["model"] for rank in (0, 1)]
     predictions = [Prediction(id=index, turn=turn, prediction="p", reference="r") for index, turn in wanted]
     for index in (4, 1, 0, 3, 2):
         generation.append_predictions(parts[index % 2], [predictions[index]])
@@ -298,7 +340,7 @@ def test_parts_of_several_processes_come_together_in_order(tmp_path: Path) -> No
 
 def test_a_folder_that_other_machines_do_not_see_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="process 1 of 2 does not see"):
-        open_part(tmp_path, 1, 2, lambda: None)
+        open_parts({"model": tmp_path}, 1, 2, lambda: None)
 
 
 def test_a_half_written_last_line_is_left_out(tmp_path: Path) -> None:

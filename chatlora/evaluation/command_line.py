@@ -1,6 +1,7 @@
 """The command line of evaluate.py -> a Request, or every mistake in it at once. No torch."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ USAGE = """
   accelerate launch evaluate.py --model M [--adapter A] --data F [--compare base] [--output_dir D]
   python evaluate.py --predictions FILE.jsonl          (needs no model)"""
 SPLITS = ("test", "validation")
+MODEL, ADAPTER, BASE = "model", "adapter", "base"  # a model without an adapter; with it; the same with it switched off
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +28,17 @@ class Request:
     predictions: Path | None = None
     adapter: Path | None = None
     split: str = "test"
+    of_run: bool = False
     compare_base: bool = False
     max_tokens_per_batch: int | None = None
 
     @property
-    def base_output_dir(self) -> Path:
-        """Where the base model's results go: beside the adapter's, as NAME-base."""
-        return self.output_dir.with_name(self.output_dir.name + "-base")
+    def folders(self) -> dict[str, Path]:
+        """What is evaluated -> where its results go: the base model's beside the adapter's, as NAME-base."""
+        if self.adapter is None:
+            return {MODEL: self.output_dir}
+        base = {BASE: self.output_dir.with_name(self.output_dir.name + "-base")} if self.compare_base else {}
+        return {**base, ADAPTER: self.output_dir}
 
 
 def parse(argv: Sequence[str]) -> Request:
@@ -50,19 +56,32 @@ def parse(argv: Sequence[str]) -> Request:
     else:
         config, home, adapter = Config(), Path("eval"), given.adapter
     config = _with_overrides(config, given)
-    if given.split == "test" and not config.data.test:
-        raise ConfigError(
-            f"{given.run_dir / 'config.yaml'}: data.test is not set, so there are no test rows: give them with "
-            "--data FILE"
-        )
+    _check_rows(config, given)
     return Request(
         config,
-        given.output_dir or home / (given.data.stem if given.data else given.split),
+        given.output_dir or home / (_stem(given.data) if given.data else given.split),
         adapter=adapter,
         split=given.split,
+        of_run=given.run_dir is not None,
         compare_base=given.compare is not None,
         max_tokens_per_batch=given.max_tokens_per_batch,
     )
+
+
+def _check_rows(config: Config, given: argparse.Namespace) -> None:
+    place = f"{given.run_dir}/config.yaml"
+    if given.split == "test" and not config.data.test:
+        raise ConfigError(f"{place}: data.test is not set, so there are no test rows; give them with --data FILE")
+    if given.split == "validation" and isinstance(config.data.validation, float):
+        raise ConfigError(
+            f"{place}: data.validation is a share of the training rows, which only training draws; give rows with "
+            "--data FILE, or name a file in data.validation before training"
+        )
+
+
+def _stem(data: str) -> str:
+    """A folder's name from a file, a glob, a hub data set: `d/test*.jsonl` -> `test`."""
+    return re.sub(r"[^\w.-]+", "-", Path(data).stem).strip("-.") or "data"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     )
     words.add_argument("--model", metavar="M", help="a folder, a model of the hub, or embedded:smollm2-135m-instruct")
     words.add_argument("--adapter", type=Path, metavar="A", help="a PEFT adapter's folder [RUN_DIR/adapter]")
-    words.add_argument("--data", type=Path, metavar="F", help="the rows to evaluate on [data.test of the run]")
+    words.add_argument("--data", metavar="F", help="the rows to evaluate on [data.test of the run]")
     words.add_argument("--split", choices=SPLITS, default="test", help="which rows of the run [test]")
     words.add_argument(
         "--compare", choices=["base"], help="generate with the base model too, and show both side by side"
@@ -115,6 +134,8 @@ def _conflicts(given: argparse.Namespace) -> list[str]:
         problems.append("--model needs --data FILE: the rows to evaluate on")
     if given.model is not None and given.split != "test":
         problems.append(f"--split {given.split} belongs to a RUN_DIR; with --model the rows are those of --data")
+    if given.run_dir is not None and given.data is not None and given.split != "test":
+        problems.append(f"--split {given.split} and --data both name the rows to evaluate on: leave one of them out")
     if given.model is not None and given.adapter is None and given.compare:
         problems.append("--compare base compares an adapter with its base model: give --adapter, or leave it out")
     if given.predictions is not None:

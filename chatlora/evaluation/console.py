@@ -39,7 +39,7 @@ class GenerationProgress:
         self.task = self.bar.add_task("", total=num_samples)
         self.bar.start()
 
-    def advance(self, *, samples: int, cost: int, tokens: int) -> None:
+    def advance(self, samples: int, cost: int, tokens: int) -> None:
         """cost: of these samples, in the unit of `total_cost`; tokens: generated for them."""
         self.samples += samples
         self.cost += cost

@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from chatlora.data.collate import pad_left
-from chatlora.data.dataset import EvalSample
+from chatlora.data.evaluation_set import EvalSample
 from chatlora.evaluation.predictions import Prediction, append_predictions
 
-Model = PreTrainedModel | PeftModel
+Model: TypeAlias = PreTrainedModel | PeftModel
 
 MAX_ROWS = {"cpu": 32, "cuda": 256}  # more prompts at a time gain nothing on CPU: the products are large enough
 CPU_CACHE_BYTES = 2 * 2**30
@@ -43,7 +43,7 @@ def only_these_settings(model: Model) -> Iterator[None]:
     Whatever that leaves open, transformers fills in from the model's own generation_config, which may sample, punish
     repetition or forbid tokens. Scores would then depend on a file that nobody looked at.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = transformers_model(model)
     own = base.generation_config
     base.generation_config = GenerationConfig()
     try:
@@ -52,14 +52,18 @@ def only_these_settings(model: Model) -> Iterator[None]:
         base.generation_config = own
 
 
+def transformers_model(model: Model) -> PreTrainedModel:
+    """The model itself, or the one that PEFT has put an adapter into."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def all_stop_ids(model: Model, tokenizer: PreTrainedTokenizerBase, template_stop_ids: Sequence[int]) -> list[int]:
     """Everything that ends a turn: what the template ends one with, and the eos of tokenizer and generation_config.
 
     One of them alone is often not enough: GLM's role tokens stand in generation_config only, a base model's tokenizer
     does not know the template's end of turn. A turn that does not end costs the longest answer and spoils the score.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    own = base.generation_config.eos_token_id
+    own = transformers_model(model).generation_config.eos_token_id
     own_ids = [own] if isinstance(own, int) else own or []
     tokenizer_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return sorted({*template_stop_ids, *own_ids, *tokenizer_ids})
@@ -101,7 +105,7 @@ def group(samples: Sequence[EvalSample], budget: Budget, max_new_tokens: int) ->
     batches: list[list[EvalSample]] = []
     longest_prompt = 0
     for sample in sorted(
-        samples, key=lambda sample: (-expected_length(sample, max_new_tokens), -len(sample.input_ids), sample.id)
+        samples, key=lambda sample: (-expected_length(sample, max_new_tokens), -len(sample.input_ids))
     ):
         longest_prompt = max(longest_prompt, len(sample.input_ids))
         rows = len(batches[-1]) + 1 if batches else 0
@@ -139,14 +143,14 @@ class Results:
         path: Path,
         tokenizer: PreTrainedTokenizerBase,
         stop_ids: Sequence[int],
-        on_batch: Callable[[Sequence[Prediction], int], None] = lambda predictions, num_tokens: None,
+        on_batch: Callable[[Sequence[EvalSample], int], None] = lambda samples, num_tokens: None,
     ) -> None:
-        """on_batch: told of each batch's predictions and generated tokens once they are on disk."""
+        """on_batch: told of each batch's samples and number of new tokens once its predictions are on disk."""
         self.path = path
         self.tokenizer = tokenizer
         self.on_batch = on_batch
         self.stop_ids = frozenset(stop_ids)
-        self.control_ids = control_ids(tokenizer) | self.stop_ids
+        self.control_ids = control_ids(tokenizer)
 
     def append(
         self, samples: Sequence[EvalSample], generated: torch.Tensor, references: Sequence[Sequence[Sequence[int]]]
@@ -155,7 +159,7 @@ class Results:
         answers = [until_stop(row, self.stop_ids) for row in generated.tolist()]
         predictions = [self._prediction(*row) for row in zip(samples, answers, references, strict=True)]
         append_predictions(self.path, predictions)
-        self.on_batch(predictions, sum(len(ids) for ids, _ in answers))
+        self.on_batch(samples, sum(len(ids) for ids, _ in answers))
 
     def _prediction(
         self, sample: EvalSample, answer: tuple[Sequence[int], bool], references: Sequence[Sequence[int]]
@@ -173,8 +177,10 @@ class Results:
         )
 
     def _text(self, ids: Sequence[int]) -> str:
-        # By id: the same spelling typed as text is made of other ids, and stays.
-        return self._raw([token for token in ids if token not in self.control_ids])
+        # By id: the same spelling typed as text is made of other ids, and stays. A stop token may be an ordinary one
+        # (a newline, for some base models): only the one at the end stops anything.
+        ends = bool(ids) and ids[-1] in self.stop_ids
+        return self._raw([token for token in ids[: len(ids) - ends] if token not in self.control_ids])
 
     def _raw(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

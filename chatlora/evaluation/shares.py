@@ -6,7 +6,7 @@ when its share is done; then process 0 merges them. One process alone is the sam
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,24 +29,29 @@ def share(batches: Sequence[Batch], cost: Callable[[Batch], int], rank: int, num
     return mine
 
 
-def open_part(folder: Path, rank: int, num_processes: int, wait_for_everyone: Callable[[], None]) -> Path:
-    """The empty file that this process appends to. Waits for all processes, once, before any of them generates.
+def open_parts(
+    folders: Mapping[str, Path], rank: int, num_processes: int, wait_for_everyone: Callable[[], None]
+) -> dict[str, Path]:
+    """The empty files that this process appends to, one a folder. Waits for all processes, once.
 
-    Raises LaunchError where this process does not see the folder that process 0 made (machines without a shared disk).
+    Raises LaunchError where this process does not see a folder that process 0 made (machines without a shared disk).
     """
-    mine = _part(folder, rank)
     if rank == 0:
-        for left_over in folder.glob("predictions-rank*.jsonl*"):
-            left_over.unlink()
-        mine.write_bytes(b"")
+        for folder in folders.values():
+            for left_over in folder.glob("predictions-rank*.jsonl*"):
+                left_over.unlink()
+            _part(folder, 0).write_bytes(b"")
     wait_for_everyone()
-    if not _part(folder, 0).is_file():
+    unseen = [folder for folder in folders.values() if not _part(folder, 0).is_file()]
+    if unseen:
         raise LaunchError(
-            f"process {rank} of {num_processes} does not see {folder} as process 0 made it: with --output_dir, "
+            f"process {rank} of {num_processes} does not see {unseen[0]} as process 0 made it: with --output_dir, "
             "give a folder on a disk that all machines share"
         )
-    mine.touch()
-    return mine
+    parts = {name: _part(folder, rank) for name, folder in folders.items()}
+    for part in parts.values():
+        part.touch()
+    return parts
 
 
 def hand_over(part: Path) -> None:

@@ -1,0 +1,200 @@
+"""What happens before the generation pass and after it: from a Request to the actors of `generate`, and to scores."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from chatlora.cache import cache_root
+from chatlora.config import ModelConfig, Source
+from chatlora.data.evaluation_set import EvalSample, prepare_evaluation_data
+from chatlora.data.ledger import summary_lines
+from chatlora.data.rendering import Renderer
+from chatlora.data.survey import inputs_of, survey
+from chatlora.errors import OutOfMemoryError
+from chatlora.evaluation.command_line import ADAPTER, BASE, Request
+from chatlora.evaluation.console import GenerationProgress, show_samples, show_scores
+from chatlora.evaluation.generation import (
+    Budget,
+    Model,
+    Results,
+    all_stop_ids,
+    batch_budget,
+    collate,
+    cost,
+    greedy_settings,
+    group,
+    only_these_settings,
+)
+from chatlora.evaluation.scoring import score_into, told_in
+from chatlora.evaluation.shares import collect, hand_over, open_parts, remove_parts, share
+from chatlora.model.loading import find_adapter, load_adapter, load_base_model, load_tokenizer, renderer_for
+from chatlora.training.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Actors:
+    """Who plays in `generate`, for one process."""
+
+    runtime: Runtime
+    model: Model
+    tokenizer: PreTrainedTokenizerBase
+    samples: Sequence[EvalSample]
+    share: Sequence[Sequence[EvalSample]]  # the batches of this process
+    settings: GenerationConfig
+    budget: Budget
+    facts: dict[str, Any]  # what scores.json says beside the scores
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """input_ids, attention_mask: [B, P], left-padded; samples and output_ids, which no model may see."""
+        for batch in self.share:
+            yield collate(batch, self.settings.pad_token_id)
+
+    @contextmanager
+    def on_stage(self, name: str, part: Path) -> Iterator[Results]:
+        """Within, the model is what `name` says, and what it answers goes into `part`, this process's file."""
+        with ExitStack() as within:
+            within.enter_context(only_these_settings(self.model))
+            within.enter_context(out_of_memory_told(self.budget))
+            if name == BASE:
+                within.enter_context(self.model.disable_adapter())
+            progress = within.enter_context(self._progress(name))
+            yield Results(part, self.tokenizer, self.settings.eos_token_id, progress)
+        hand_over(part)
+
+    @contextmanager
+    def _progress(self, name: str) -> Iterator[Callable[[Sequence[EvalSample], int], None]]:
+        """Process 0 shows how far its own share is."""
+        longest = self.settings.max_new_tokens
+        whole = sum(cost(batch, longest) for batch in self.share)
+        if not self.runtime.is_main or not whole:
+            yield lambda samples, num_tokens: None
+            return
+        title = f"generating, {name}"
+        bar = GenerationProgress(title, sum(len(batch) for batch in self.share), whole)
+        try:
+            yield lambda samples, num_tokens: bar.advance(len(samples), cost(samples, longest), num_tokens)
+        finally:
+            bar.close()
+
+
+def set_up(request: Request, runtime: Runtime) -> Actors:
+    """The rows rendered and proved, the model and its adapter loaded, the samples dealt in batches to the processes."""
+    say = _say if runtime.is_main else _say_nothing
+    config = request.config
+    adapter = None if request.adapter is None else find_adapter(request.adapter)
+    tokenizer = load_tokenizer(_tokenizer_source(config.model, adapter))
+    renderer = _renderer(request, tokenizer)
+    samples, ledger = _samples(request, renderer)
+    for line in summary_lines(ledger):
+        say(line)
+    model: Model = load_base_model(config.model, dtype=runtime.dtype).to(runtime.device).eval()
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+
+    longest = config.evaluation.max_new_tokens
+    stop_ids = all_stop_ids(model, tokenizer, renderer.stop_ids)
+    pad_token_id = min(stop_ids) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    fitting = batch_budget(model, runtime.device)
+    fair = max(1, -(-len(samples) // runtime.num_processes))  # no process is idle for want of a batch
+    budget = Budget(request.max_tokens_per_batch or fitting.tokens, min(fitting.rows, fair))
+    batches = group(samples, budget, longest)
+    mine = share(batches, lambda batch: cost(batch, longest), runtime.rank, runtime.num_processes)
+    references = sum(len(sample.references) for sample in samples)
+    say(f"{len(samples):,} prompts with {references:,} references in {len(batches):,} batches; {runtime.precision}")
+    settings = greedy_settings(longest, stop_ids, pad_token_id)
+    facts = {
+        "model": config.model.name_or_path,
+        "data": [source.path for source in _sources(request)],
+        "set_aside": sum(len(source["set_aside"]) for source in ledger["sources"]),
+        "decoding": {"greedy": True, "max_new_tokens": longest, "stop_ids": stop_ids, "precision": runtime.precision},
+        "rendering": renderer.fingerprint,
+    }
+    return Actors(runtime, model, tokenizer, samples, mine, settings, budget, facts)
+
+
+def _tokenizer_source(model: ModelConfig, adapter: Path | None) -> ModelConfig:
+    """The adapter's own tokenizer and template where they were saved with it: what it was trained with."""
+    if adapter is None or model.chat_template is not None or not (adapter / "tokenizer_config.json").is_file():
+        return model
+    return ModelConfig(name_or_path=str(adapter))
+
+
+def _renderer(request: Request, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+    # A run's config says what its template was told, whatever the test rows carry.
+    any_reasoning = request.of_run or survey(inputs_of(_sources(request), "test"), cache_root() / "data").any_reasoning
+    return renderer_for(tokenizer, request.config.model, any_reasoning=any_reasoning)
+
+
+def _samples(request: Request, renderer: Renderer) -> tuple[list[EvalSample], dict[str, Any]]:
+    config = request.config
+    samples, ledger = prepare_evaluation_data(
+        _sources(request),
+        renderer,
+        max_prompt_length=config.evaluation.max_prompt_length or config.data.max_length,
+        max_new_tokens=config.evaluation.max_new_tokens,
+        over_length=config.data.over_length,
+        supervise=config.data.supervise,
+        system=config.data.system,
+    )
+    return samples, ledger
+
+
+def _sources(request: Request) -> tuple[Source, ...]:
+    data = request.config.data
+    if request.split == "test":
+        return data.test
+    assert not isinstance(data.validation, float)
+    return data.validation
+
+
+@contextmanager
+def open_folders(folders: Mapping[str, Path], runtime: Runtime) -> Iterator[dict[str, Path]]:
+    """The files that this process writes to, by what is evaluated. status.json in each folder tells how it stands."""
+    with ExitStack() as within:
+        for folder in folders.values() if runtime.is_main else ():
+            within.enter_context(told_in(folder))
+        yield open_parts(folders, runtime.rank, runtime.num_processes, runtime.accelerator.wait_for_everyone)
+
+
+def score_and_show(actors: Actors, request: Request) -> None:
+    """All processes' parts merged, scored, written, and shown side by side. For process 0."""
+    wanted = [(sample.id, sample.turn) for sample in actors.samples]
+    predictions, scores = {}, {}
+    for name, folder in request.folders.items():
+        merged = collect(folder, actors.runtime.num_processes, wanted)
+        facts = {**actors.facts, "adapter": None if name != ADAPTER else str(request.adapter)}
+        predictions[name], scores[name] = score_into(folder, merged, request.config.evaluation.style, facts)
+        remove_parts(folder)
+    console = Console()
+    show_samples(console, predictions)
+    show_scores(console, scores)
+    for name, folder in request.folders.items():
+        console.print(f"{name}: written to {folder}", highlight=False, markup=False)
+
+
+@contextmanager
+def out_of_memory_told(budget: Budget) -> Iterator[None]:
+    """Out of memory becomes a sentence that names the setting to lower and its value."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(
+            f"a batch of up to {budget.rows} prompts and {budget.tokens:,} tokens does not fit; lower "
+            f"--max_tokens_per_batch (now {budget.tokens}) or --max_new_tokens",
+            " ".join(str(error).split())[:300],
+        ) from error
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _say_nothing(line: str) -> None:
+    pass
