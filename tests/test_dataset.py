@@ -280,7 +280,8 @@ def test_mistakes_in_all_sources_are_told_before_anything_is_rendered(tmp_path: 
 
 @pytest.mark.parametrize(("answer", "expected"), [("<think>\nhm\n</think>\n\na", True), ("a", False)])
 def test_reasoning_is_seen_before_the_renderer_is_made(tmp_path: Path, answer: str, expected: bool) -> None:
-    (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": "q", "completion": answer}))
+    rows = [{"prompt": "q", "completion": text} for text in ("a", answer, "a")]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     seen: list[bool] = []
 
     def make_renderer(any_reasoning: bool) -> Renderer:

@@ -40,12 +40,14 @@ def test_rows_with_equal_prompts_are_one_sample_with_all_references(shared: Path
 def test_each_turn_of_a_conversation_is_a_sample(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     write_rows(path, 1, turns=3)
-    path.write_text(path.read_text() * 2)  # equal prompts, but not of a single turn
+    single = json.dumps({"prompt": "row 0 0", "completion": "x"}) + "\n"
+    path.write_text(single * 2 + path.read_text() * 2)  # equal prompts, but only the first two rows are single turns
     samples, source = evaluate(path)
-    assert [sample.id for sample in samples] == [f"{path}:{row}#{turn}" for row in (1, 2) for turn in range(3)]
-    assert [len(sample.references) for sample in samples] == [1] * 6
-    assert (source["rows_used"], source["turns"]) == (2, 6)
-    assert [sample.turn for sample in evaluate(path, supervise="last")[0]] == [2, 2]
+    expected = [f"{path}:1#0", *(f"{path}:{row}#{turn}" for row in (3, 4) for turn in range(3))]
+    assert [sample.id for sample in samples] == expected
+    assert [len(sample.references) for sample in samples] == [1] * 7
+    assert (source["rows_used"], source["turns"]) == (4, 8)
+    assert [sample.turn for sample in evaluate(path, supervise="last")[0]] == [0, 2, 2]
 
 
 def test_long_prompts_and_cut_references_are_named(tmp_path: Path) -> None:

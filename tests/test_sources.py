@@ -104,6 +104,15 @@ def test_rows_of_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- the rest
 
 
+def test_nothing_is_given_out_after_the_first_mistake(here: Path) -> None:
+    (here / "t.jsonl").write_text(f"{GOOD}\nnonsense\n{GOOD}\n")
+    for read_all in (read_rows, read_conversations):
+        given: list[Any] = []
+        with pytest.raises(DataError):
+            given.extend(read_all(Source(path="t.jsonl")))
+        assert len(given) == 1
+
+
 def test_a_system_prompt_is_given_to_conversations_without_one(here: Path) -> None:
     (here / "t.jsonl").write_text(f'{GOOD}\n{{"messages": [{{"role": "system", "content": "own"}}]}}')
     rows = list(read_conversations(Source(path="t.jsonl"), system="given"))
