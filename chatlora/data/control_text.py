@@ -62,6 +62,7 @@ class ControlText:
         self.spellings: dict[int, str] = {
             id: token.content for id, token in tokenizer.added_tokens_decoder.items() if not token.content.isspace()
         }
+        self.unknown_id: int | None = tokenizer.unk_token_id  # also what text becomes that no token spells
         self._serialized = serialized
         self._words = _Words(tuple(self.spellings.values()))
         self._plain = _plain_copy(json.loads(serialized))
@@ -97,10 +98,10 @@ class ControlText:
         encoding = self._plain.encode(text, add_special_tokens=False)
         numbers = self._numbers
         for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if id in numbers:
+            if id in numbers and (spelling := self.spellings[id]) in text[start:end]:
                 # The span of a token that strips its surroundings holds whitespace too.
-                start = text.index(self.spellings[id], start, end)
-                respelled[start : start + len(self.spellings[id])] = _respelled(numbers[id], self.spellings[id])
+                start = text.index(spelling, start, end)
+                respelled[start : start + len(spelling)] = _respelled(numbers[id], spelling)
         return self._encoded(self._respelling, unmask("".join(respelled)), masked=text)
 
     def encode_after_control(self, text: str) -> list[int]:
@@ -126,11 +127,15 @@ class ControlText:
             back = self._original_ids
             ids = [back.get(id, id) for id in ids]
         spellings = self.spellings
-        controls = [index for index, id in enumerate(ids) if id in spellings]
-        for index in controls:
+        controls = []
+        for index, id in enumerate(ids):
+            if id not in spellings:
+                continue
             start, end = offsets[index]
-            if (masked or text)[start:end].strip() != spellings[ids[index]].strip():
-                raise SetAside(READ_AS_CONTROL, f"{text[start:end]!r} as {spellings[ids[index]]!r}")
+            if (masked or text)[start:end].strip() == spellings[id].strip():
+                controls.append(index)
+            elif id != self.unknown_id:
+                raise SetAside(READ_AS_CONTROL, f"{text[start:end]!r} as {spellings[id]!r}")
         return Encoded(ids, [start for start, _ in offsets], controls)
 
     @functools.cached_property

@@ -40,17 +40,12 @@ def end_of_parts(text: str, parts: Iterator[Part]) -> int:
     return end
 
 
-def tool_names(tools: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [str(tool.get("function", tool).get("name", "")) for tool in tools]
-
-
 def check_prompt(prompt: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> None:
     """Everything that leads to a reply stands in its prompt, but for earlier thoughts, which many templates leave out.
 
     Raises SetAside naming what was dropped.
     """
-    if any(name not in prompt for name in tool_names(tools)):
-        raise SetAside(DROPS + TOOLS)
+    end_of_parts(prompt, ((TOOLS, tool.get("function", tool).get("name", "")) for tool in tools))
     for message in messages:
         if message["role"] == "assistant":
             end_of_parts(prompt, (part for part in reply_parts(message) if part[0] != REASONING))

@@ -22,7 +22,7 @@ PROMPT = FAILED + "the ids before a target are not those of its prompt"
 REPLY = FAILED + "the targets do not decode to the reply"
 STOP = FAILED + "the targets do not end with a stop token"
 CONTROL = FAILED + "the control tokens are not the template's"
-CANNOT_SPELL = "the tokenizer cannot spell the reply's text"
+CANNOT_SPELL = "the tokenizer cannot spell the text"
 BOS = FAILED + "more than one beginning-of-sequence token"
 
 
@@ -77,7 +77,7 @@ class Proof:
         if not self._same(self._spelled(ids[done:start]), unmask(prompt[seen:])):
             # Where the tokenizer loses characters (some know only most bytes), inference loses them too.
             if is_masked(prompt) or self._canonical(prompt) != tuple(ids[:start]):
-                raise SetAside(PROMPT)
+                raise SetAside(PROMPT if self._can_spell(unmask(prompt)) else CANNOT_SPELL)
             return
         # Control tokens cut the text before any merge: only what follows the last one depends on where the text ends.
         last = next((index for index in range(start - 1, -1, -1) if ids[index] in self.spellings), 0)
@@ -90,8 +90,7 @@ class Proof:
     def _prove_reply(self, targets: Sequence[int], message: dict[str, Any], turn: Turn) -> None:
         spelled, reply = self._spelled(targets), unmask(turn.reply)
         if not self._same(spelled, reply):
-            can = is_masked(turn.reply) or self._same(self._spelled(self._canonical(reply)), reply)
-            raise SetAside(REPLY if can else CANNOT_SPELL)
+            raise SetAside(REPLY if self._can_spell(reply) else CANNOT_SPELL)
         if targets[-1] not in self.stop_ids:
             raise SetAside(STOP)
         end_of_parts(self._normalized(spelled), reply_parts(self._normalized(message)))
@@ -99,7 +98,9 @@ class Proof:
     def _prove_controls(self, ids: Sequence[int], turn: Turn) -> None:
         """The control tokens are those that the untouched tokenizer finds where the messages' text is masked."""
         encoded = self.tokenizer.backend_tokenizer.encode(turn.prompt + turn.reply, add_special_tokens=False)
-        if [id for id in encoded.ids if id in self.spellings] != [id for id in ids if id in self.spellings]:
+        # Text that no token spells becomes the unknown token, masked text more of it.
+        controls = self.spellings.keys() - {self.tokenizer.unk_token_id}
+        if [id for id in encoded.ids if id in controls] != [id for id in ids if id in controls]:
             raise SetAside(CONTROL)
 
     def _inference_ids(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]], turn: Turn) -> list[int]:
@@ -128,6 +129,9 @@ class Proof:
                 begin = index + 1
         pieces.append(decode(list(ids[begin:]), skip_special_tokens=False))
         return "".join(pieces)
+
+    def _can_spell(self, text: str) -> bool:
+        return self._same(self._spelled(self._canonical(text)), text)
 
     def _same(self, decoded: str, text: str) -> bool:
         """Equal; or equal after the tokenizer's own normalisation and but for space beside control tokens.
