@@ -5,7 +5,6 @@ from: the contents of the sources, the renderer, the settings, and this package'
 and validation rows and the repeats are made when it is opened, and cost nothing.
 """
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -23,7 +22,8 @@ from chatlora.data.rendering import Renderer
 from chatlora.data.store import ExampleStore, Stored, built_once, write_examples
 from chatlora.data.survey import Input, code_digest, digest, inputs_of, survey
 from chatlora.data.watching import watched
-from chatlora.errors import DataError, SetAside
+from chatlora.data.workers import Effort, Outcome, Work, outcomes
+from chatlora.errors import DataError
 
 __all__ = [
     "EvalSample",
@@ -72,7 +72,8 @@ class ExampleSet:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What is trained on. `seconds`, and `proof_seconds` of them, are what the rendering took when it was made."""
+    """What is trained on. `seconds` of work, over all processes, went into the rendering when it was made, and
+    `proof_seconds` of them into its proofs."""
 
     train: ExampleSet
     validation: ExampleSet | None
@@ -130,38 +131,26 @@ def _rendered(inputs: Sequence[Input], data: DataConfig, renderer: Renderer, cac
     key = digest([code_digest(), renderer.fingerprint, settings, [each.identity for each in inputs]])
 
     def build(folder: Path) -> dict[str, Any]:
-        began, proof_began = time.perf_counter(), renderer.proof_seconds
         accounts = [SourceAccount(each.source.path) for each in inputs]
+        work, effort = Work(renderer, data.max_length, data.over_length, data.supervise), Effort()
         numbered = ((number, row) for number, each in enumerate(inputs) for row in each.conversations(data.system))
-        write_examples(folder, _render_all(watched(numbered, "rendering", total), accounts, renderer, data))
-        return {
-            "sources": [asdict(account) for account in accounts],
-            "seconds": time.perf_counter() - began,
-            "proof_seconds": renderer.proof_seconds - proof_began,
-        }
+        found = watched(outcomes(numbered, work, total, effort), "rendering", total)
+        write_examples(folder, _entered(found, accounts))
+        return {"sources": [asdict(account) for account in accounts], **asdict(effort)}
 
     return built_once(cache / "data" / key, build)
 
 
-def _render_all(
-    numbered: Iterable[tuple[int, Conversation]],
-    accounts: Sequence[SourceAccount],
-    renderer: Renderer,
-    data: DataConfig,
-) -> Iterator[Stored]:
+def _entered(found: Iterable[tuple[int, Conversation, Outcome]], accounts: Sequence[SourceAccount]) -> Iterator[Stored]:
+    """The examples to store; what became of each row is entered in its source's account."""
     problems: list[str] = []
-    for source, conversation in numbered:
-        account, place = accounts[source], conversation.place or ""
+    for source, conversation, outcome in found:
+        account, place, rendered = accounts[source], conversation.place or "", outcome.rendered
         account.rows_read += 1
-        try:
-            rendered = renderer.render(
-                conversation, max_length=data.max_length, over_length=data.over_length, supervise=data.supervise
-            )
-        except SetAside as reason:
-            account.put_aside(place, reason)
-            continue
-        except DataError as error:  # over_length: error
-            problems += error.problems
+        problems += outcome.problems
+        if outcome.set_aside is not None:
+            account.put_aside(place, *outcome.set_aside)
+        if rendered is None:
             continue
         if rendered.lost_targets:
             turns = f"{rendered.lost_turns} of {rendered.lost_turns + rendered.turns} turns"

@@ -60,13 +60,13 @@ def prepare_evaluation_data(
                 supervise=supervise,
             )
         except SetAside as reason:
-            account.put_aside(conversation.place, reason)
+            account.put_aside(conversation.place, reason.reason, reason.detail)
             continue
         except DataError as error:  # over_length: error
             problems += error.problems
             continue
         if not rendered.examples:
-            account.put_aside(conversation.place, SetAside(PROMPT_TOO_LONG, rendered.set_aside[0][1]))
+            account.put_aside(conversation.place, PROMPT_TOO_LONG, rendered.set_aside[0][1])
             continue
         _account(account, conversation, rendered.examples)
         for turn, told in rendered.set_aside:

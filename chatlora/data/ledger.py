@@ -9,7 +9,7 @@ from chatlora.data.examples import PROMPT_TOO_LONG, TOO_LONG
 from chatlora.data.parts import DROPS
 from chatlora.data.template import RAISES
 from chatlora.data.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTINUED
-from chatlora.errors import DataError, SetAside
+from chatlora.errors import DataError
 
 MOST_SET_ASIDE = 0.5  # of a source's rows; beyond, the model and the data do not fit each other
 OTHER_TEMPLATE = "set model.chat_template to a Jinja file that renders such rows, or model.chat_template_kwargs"
@@ -43,8 +43,8 @@ class SourceAccount:
     set_aside: list[dict[str, str]] = field(default_factory=list)
     cut: list[dict[str, str]] = field(default_factory=list)
 
-    def put_aside(self, place: str | None, reason: SetAside) -> None:
-        self.set_aside.append(entry(place, reason.reason, reason.detail))
+    def put_aside(self, place: str | None, reason: str, detail: str) -> None:
+        self.set_aside.append(entry(place, reason, detail))
 
     def note_cut(self, place: str | None, reason: str, detail: str) -> None:
         self.cut.append(entry(place, reason, detail))

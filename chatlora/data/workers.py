@@ -1,0 +1,128 @@
+"""Conversations -> what rendering makes of them, in order: in this process, or in several where there are many rows."""
+
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+from chatlora.data.conversation import Conversation
+from chatlora.data.examples import OverLength, Rendered, Supervise
+from chatlora.data.rendering import Renderer
+from chatlora.errors import DataError, SetAside
+
+ROWS_PER_WORKER = 10_000  # with fewer, starting a worker (it imports and compiles for seconds) does not pay
+MAX_WORKERS = 16  # one process feeds them all
+CHUNK = 64  # conversations handed over at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One of three: rendered; set aside, with (reason, detail); or a mistake that the user must mend."""
+
+    rendered: Rendered | None = None
+    set_aside: tuple[str, str] | None = None
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A renderer and how it is asked. Picklable."""
+
+    renderer: Renderer
+    max_length: int
+    over_length: OverLength
+    supervise: Supervise
+
+    def outcome(self, conversation: Conversation) -> Outcome:
+        try:
+            rendered = self.renderer.render(
+                conversation, max_length=self.max_length, over_length=self.over_length, supervise=self.supervise
+            )
+        except SetAside as reason:
+            return Outcome(set_aside=(reason.reason, reason.detail))
+        except DataError as error:  # over_length: error
+            return Outcome(problems=error.problems)
+        return Outcome(rendered)
+
+
+@dataclass(slots=True)
+class Effort:
+    """Seconds of work, over all processes, and those of them that were spent in proofs."""
+
+    seconds: float = 0.0
+    proof_seconds: float = 0.0
+
+
+Done = tuple[list[Outcome], float, float]  # with seconds, and those spent in proofs
+
+
+def outcomes(
+    conversations: Iterable[tuple[int, Conversation]], work: Work, num_rows: int, effort: Effort
+) -> Iterator[tuple[int, Conversation, Outcome]]:
+    """(source, conversation, outcome), in the order of `conversations`, of which there are `num_rows`."""
+    workers = num_workers(num_rows)
+    if workers < 2:
+        for chunk in _chunks(conversations):
+            yield from _counted(chunk, _run(work, [conversation for _, conversation in chunk]), effort)
+        return
+    # Not forked: a process that has started threads or a GPU cannot be.
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (work,)) as pool:
+        waiting: deque[tuple[list[tuple[int, Conversation]], Future[Done]]] = deque()
+        for chunk in _chunks(conversations):
+            waiting.append((chunk, pool.submit(_run_here, [conversation for _, conversation in chunk])))
+            if len(waiting) > 2 * workers:  # no more in memory than keeps everybody busy
+                oldest, future = waiting.popleft()
+                yield from _counted(oldest, future.result(), effort)
+        for chunk, future in waiting:
+            yield from _counted(chunk, future.result(), effort)
+
+
+def num_workers(num_rows: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(cores, MAX_WORKERS, num_rows // ROWS_PER_WORKER)
+
+
+def _chunks(items: Iterable[tuple[int, Conversation]]) -> Iterator[list[tuple[int, Conversation]]]:
+    chunk: list[tuple[int, Conversation]] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _counted(
+    chunk: Sequence[tuple[int, Conversation]], done: Done, effort: Effort
+) -> Iterator[tuple[int, Conversation, Outcome]]:
+    found, seconds, proof_seconds = done
+    effort.seconds += seconds
+    effort.proof_seconds += proof_seconds
+    for (source, conversation), outcome in zip(chunk, found, strict=True):
+        yield source, conversation, outcome
+
+
+def _run(work: Work, conversations: Sequence[Conversation]) -> Done:
+    began, proof_began = time.perf_counter(), work.renderer.proof_seconds
+    found = [work.outcome(conversation) for conversation in conversations]
+    return found, time.perf_counter() - began, work.renderer.proof_seconds - proof_began
+
+
+# ---- in a worker
+
+_work: list[Work] = []  # set once, when the process begins: a renderer is too large to be sent with every chunk
+
+
+def _begin(work: Work) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and stops this one
+    _work.append(work)
+
+
+def _run_here(conversations: Sequence[Conversation]) -> Done:
+    return _run(_work[0], conversations)
