@@ -107,6 +107,7 @@ class RunDirectory:
             return
         now = time.monotonic()
         seconds, self.last_time, self.step = now - self.last_time, now, done
+        memory = self.peak_memory()
         line = {
             "step": done,
             "epoch": round(batch.epoch, 6),
@@ -116,13 +117,11 @@ class RunDirectory:
             "num_targets": batch.num_targets,
             "num_tokens": batch.num_tokens,
             "seconds": round(seconds, 4),
-            "peak_memory_bytes": self.peak_memory(),
+            "peak_memory_bytes": memory,
         }
         self._append("log.jsonl", line)
         if self.progress is not None:
-            self.progress.update(
-                done, loss=loss, num_tokens=batch.num_tokens, seconds=seconds, memory=line["peak_memory_bytes"]
-            )
+            self.progress.update(done, loss=loss, num_tokens=batch.num_tokens, seconds=seconds, memory=memory)
 
     def log_validation(self, done: int, loss: float, num_targets: int) -> None:
         """One line of validation.jsonl. loss: nats a target, summed over all targets and divided once."""

@@ -102,7 +102,7 @@ def _segments(
 ) -> torch.Tensor:
     """One scaled_dot_product_attention a conversation: exact on every device and in every precision."""
     outputs = []
-    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+    for q, k, v in zip(*(torch.split(each, lengths, 2) for each in (query, key, value)), strict=True):
         length = q.shape[2]
         band = None if window is None or length <= window else _band(length, window, q.device)
         outputs.append(

@@ -1,5 +1,6 @@
 """The adapter: put onto a base model, described, saved."""
 
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -26,7 +27,9 @@ def add_lora(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
     )
     torch.manual_seed(seed)
     try:
-        model = get_peft_model(base, settings, autocast_adapter_dtype=True)
+        with warnings.catch_warnings():  # PEFT 0.21 reads an attribute that transformers 5.23 calls deprecated
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            model = get_peft_model(base, settings, autocast_adapter_dtype=True)
     except ValueError as error:
         raise ModelError(_no_such_modules(base, targets, error)) from None
     assert all(parameter.dtype == torch.float32 for parameter in trainable(model).values())

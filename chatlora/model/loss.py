@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from chatlora.data.examples import IGNORE_INDEX
 from chatlora.model.attention import PACKED
 
-CHUNK = 256  # target rows whose logits exist at a time
+CHUNK = 128  # target rows whose logits exist at a time
 
 
 class LossHead(nn.Module):
@@ -28,7 +28,7 @@ class LossHead(nn.Module):
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
         assert head.bias is None
-        self.weight = head.weight  # the same Parameter: ties and names stay
+        self.weight: nn.Parameter = head.weight  # the same Parameter: ties and names stay
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """hidden [..., E] -> logits [..., V]; with targets [N] and hidden [N, E] -> summed loss in nats, fp32."""
@@ -39,7 +39,7 @@ class LossHead(nn.Module):
         hidden = hidden.to(self.weight.dtype)
         total = hidden.new_zeros((), dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows, row_targets in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+            for rows, row_targets in zip(torch.split(hidden, CHUNK), torch.split(targets, CHUNK), strict=True):
                 options = LinearCrossEntropyOptions(batch_chunk_size=CHUNK)
                 total = total + functional.linear_cross_entropy(
                     rows, self.weight, row_targets, reduction="sum", options=options

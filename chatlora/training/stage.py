@@ -33,6 +33,7 @@ from chatlora.model.loading import load_base_model, load_tokenizer, renderer_for
 from chatlora.model.lora import add_lora, describe_lora, save_adapter, trainable
 from chatlora.model.loss import TargetLoss
 from chatlora.run_directory import RunDirectory, claim
+from chatlora.training.card import model_card
 from chatlora.training.runtime import Runtime
 from chatlora.training.timetable import Timetable
 
@@ -104,7 +105,7 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
     if config.model.gradient_checkpointing:
         adapted.activation_checkpointing_enable({"use_reentrant": False})
     loss = TargetLoss(adapted, packed=not runtime.padded, autocast_dtype=runtime.autocast_dtype)
-    optimizer = torch.optim.AdamW(
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
         list(trainable(loss).values()),
         weight_decay=config.optim.weight_decay,
         fused=runtime.device.type in ("cpu", "cuda"),
@@ -165,6 +166,8 @@ def put_away(actors: Actors, run: RunDirectory) -> None:
     generation = actors.adapted.get_base_model().generation_config
     generation.eos_token_id = list(actors.renderer.stop_ids)
     generation.save_pretrained(beside)
+    card = model_card(actors.config, run.path, actors.config.model.name_or_path)
+    (beside / "README.md").write_text(card, encoding="utf-8")
     if run.adapter.exists():
         shutil.rmtree(run.adapter)
     beside.rename(run.adapter)
