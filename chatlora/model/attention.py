@@ -3,7 +3,6 @@
 T: tokens of all conversations of a micro-batch together; H, K: query and key/value heads; D: head size.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -96,7 +95,7 @@ def _segments(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lengths: Sequence[int],
+    lengths: list[int],
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
