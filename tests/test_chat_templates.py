@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import (
     CHATML,
+    CHATML_TOKENS,
     GLM,
     GLM_TOKENS,
     LLAMA3,
@@ -22,6 +23,7 @@ from tiny_tokenizers import (
     control_tokens_in,
     tiny_tokenizer,
 )
+from tokenizers import AddedToken
 
 from chatlora.data.conversation import Conversation, Message, ToolCall
 from chatlora.data.rendering import EvalExample, Rendered, Renderer
@@ -147,9 +149,13 @@ def attempt(renderer: Renderer, conversation: Conversation) -> tuple[Rendered, l
 
 def families() -> dict[str, Renderer]:
     llama3 = {"chat_template": LLAMA3, "control_tokens": LLAMA3_TOKENS, "eos": "<|eot_id|>", "bos": "<|begin_of_text|>"}
+    stripping = [AddedToken(word, rstrip=True, special=True, normalized=False) for word in CHATML_TOKENS]
     glm = {"chat_template": GLM, "control_tokens": GLM_TOKENS, "eos": "<|endoftext|>"}
     return {
         "chatml": Renderer(tiny_tokenizer(chat_template=CHATML)),
+        "tokens that swallow the space after them, and tokens of space": Renderer(
+            tiny_tokenizer(control_tokens=stripping, plain_tokens=["\n\n", "  "])
+        ),
         "llama3": Renderer(tiny_tokenizer(**llama3, splitting="llama3")),
         "llama3 under GPT-2's splitting": Renderer(tiny_tokenizer(**llama3)),
         "glm": Renderer(tiny_tokenizer(**glm, plain_tokens=TOOL_TOKENS)),

@@ -151,6 +151,8 @@ def test_quotes_and_backslashes_in_a_control_token_are_still_escaped_by_json():
 def test_text_of_the_private_planes_is_refused(qwen_like):
     with pytest.raises(SetAside, match="private planes"):
         qwen_like.render(conversation_with({"user": "\U000f0041"}), max_length=LONG)
+    with pytest.raises(SetAside, match="half of a surrogate pair"):
+        qwen_like.render(conversation_with({"user": "\ud83d"}), max_length=LONG)
     emoji = conversation_with({"user": "🙂 𝔘nicode ￼"})
     assert qwen_like.render(emoji, max_length=LONG).turns == 2
 

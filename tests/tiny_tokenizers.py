@@ -58,8 +58,8 @@ _LLAMA3_SPLITTING = (
 def tiny_tokenizer(
     *,
     chat_template: str | None = CHATML,
-    control_tokens: Sequence[str] = CHATML_TOKENS,
-    plain_tokens: Sequence[str] = (),
+    control_tokens: Sequence[str | AddedToken] = CHATML_TOKENS,
+    plain_tokens: Sequence[str | AddedToken] = (),
     eos: str | None = "<|im_end|>",
     bos: str | None = None,
     pad: str | None = None,
@@ -67,16 +67,21 @@ def tiny_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE of some 500 entries with these added tokens.
 
-    `control_tokens` are special; `plain_tokens` are added but not special, as Qwen has `<think>` and `<tool_call>`.
+    `control_tokens` are special; `plain_tokens` are added but not special, as Qwen has `<think>` and `<tool_call>`. An
+    AddedToken says what else it does, such as to strip the space beside it.
     `pad` is eos unless given. "gpt2" and "llama3" are the two patterns that cut text before merges: they differ in what
     line breaks in front of a word become.
     """
     tokenizer = Tokenizer.from_str(_trained(splitting))
-    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in control_tokens])
-    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in plain_tokens])
+    tokenizer.add_special_tokens([_added(token, special=True) for token in control_tokens])
+    tokenizer.add_tokens([_added(token, special=False) for token in plain_tokens])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=eos, bos_token=bos, pad_token=pad or eos, chat_template=chat_template
     )
+
+
+def _added(token: str | AddedToken, *, special: bool) -> AddedToken:
+    return token if isinstance(token, AddedToken) else AddedToken(token, special=special, normalized=False)
 
 
 @functools.cache

@@ -20,11 +20,13 @@ from tokenizers import Tokenizer
 from chatlora.errors import ModelError, SetAside
 
 PRIVATE = "the text uses Unicode's private planes, which masking needs"
+SURROGATE = "the text holds half of a surrogate pair, which no tokenizer takes"
 READ_AS_CONTROL = "the tokenizer reads message text as a control token"
 
 _MASK = 0xF0000  # plane 15 holds masked text: chr(0xF0000 + ord(character))
 _CONTROL = 0x100000  # plane 16 spells control tokens to the copy: chr(0x100000 + number) times the token's length
 _PRIVATE_PLANES = re.compile("[\U000f0000-\U0010ffff]")
+_SURROGATES = re.compile("[\ud800-\udfff]")
 _MASKED = re.compile("[\U000f0000-\U000fffff]")
 
 
@@ -74,7 +76,7 @@ class ControlText:
         """`value`, a string or a JSON value made of them, with all that could be read as a control token masked.
 
         Also the ends of a string that are part of an added token, since a template may join it to the rest. Raises
-        SetAside where the text holds private characters already.
+        SetAside where the text holds private characters already, or what no tokenizer takes.
         """
         if isinstance(value, str):
             return self._words.mask(value)
@@ -182,8 +184,10 @@ class _Words:
         return None
 
     def mask(self, text: str) -> str:
-        if not text.isascii() and _PRIVATE_PLANES.search(text):
-            raise SetAside(PRIVATE)
+        if not text.isascii():
+            for unusable, reason in ((_PRIVATE_PLANES, PRIVATE), (_SURROGATES, SURROGATE)):
+                if unusable.search(text):
+                    raise SetAside(reason)
         spans = list(self._spans(text))
         if not spans:
             return text
@@ -252,6 +256,8 @@ def _renamed(state: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     if model.get("merges"):
         pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
         model["merges"] = [
-            [left, right] for left, right in pairs if not {left, right, left + right}.intersection(names)
+            [left, right]
+            for left, right in pairs
+            if left not in names and right not in names and left + right not in names
         ]
     return state
