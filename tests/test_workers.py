@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from test_dataset import PLAIN, prepare, write_rows
+from test_dataset import PLAIN, write_rows
 
+from chatlora.config import Source
 from chatlora.data import workers
+from chatlora.data.sources import read_conversations
+from chatlora.data.workers import Effort, Outcome, Work, num_workers, outcomes
 
 
 def test_workers_give_what_one_process_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,20 +18,23 @@ def test_workers_give_what_one_process_gives(tmp_path: Path, monkeypatch: pytest
     lines[70] = json.dumps({"messages": [{"role": "user", "content": "no reply"}]})
     lines[90] = json.dumps({"prompt": "long", "completion": "word " * 300})
     path.write_text("\n".join(lines))
-    alone = prepare(tmp_path / "alone", train=str(path), max_length=200)
-    monkeypatch.setattr(workers, "ROWS_PER_WORKER", 75)
-    monkeypatch.setattr(workers, "CHUNK", 8)
-    if workers.num_workers(150) < 2:
-        pytest.skip("one core: there are no workers")
+    monkeypatch.setattr(workers, "CHUNK", 4)  # more chunks than are handed out ahead
+    monkeypatch.setattr(workers, "CHUNKS_AHEAD", 2)
+
+    def rendered_by(number: int) -> tuple[list[tuple[str | None, Outcome]], Effort]:
+        effort, numbered = Effort(), ((0, row) for row in read_conversations(Source(path=str(path))))
+        found = outcomes(numbered, Work(PLAIN, 200, "fit", "all"), number, effort)
+        return [(conversation.place, outcome) for _, conversation, outcome in found], effort
+
+    alone, _ = rendered_by(0)
+    assert [place for place, outcome in alone if outcome.set_aside] == [f"{path}:71", f"{path}:91"]
     proof_seconds_here = PLAIN.proof_seconds
-    together = prepare(tmp_path / "together", train=str(path), max_length=200)
+    together, effort = rendered_by(2)
+    assert together == alone
     assert PLAIN.proof_seconds == proof_seconds_here  # nothing was rendered in this process
-    assert together.ledger == alone.ledger
-    assert [entry["place"] for entry in alone.ledger["sources"][0]["set_aside"]] == [f"{path}:71", f"{path}:91"]
-    assert together.fingerprint == alone.fingerprint  # the same bytes
-    assert 0 < together.proof_seconds < together.seconds
+    assert 0 < effort.proof_seconds < effort.seconds
 
 
 def test_few_rows_start_no_workers() -> None:
-    assert workers.num_workers(4672) == 0
-    assert workers.num_workers(10**7) <= workers.MAX_WORKERS
+    assert num_workers(4672) == 0
+    assert num_workers(10**7) <= workers.MAX_WORKERS

@@ -22,7 +22,7 @@ from chatlora.data.rendering import Renderer
 from chatlora.data.store import ExampleStore, Stored, built_once, write_examples
 from chatlora.data.survey import Input, code_digest, digest, inputs_of, survey
 from chatlora.data.watching import watched
-from chatlora.data.workers import Effort, Outcome, Work, outcomes
+from chatlora.data.workers import Effort, Outcome, Work, num_workers, outcomes
 from chatlora.errors import DataError
 
 __all__ = [
@@ -134,7 +134,7 @@ def _rendered(inputs: Sequence[Input], data: DataConfig, renderer: Renderer, cac
         accounts = [SourceAccount(each.source.path) for each in inputs]
         work, effort = Work(renderer, data.max_length, data.over_length, data.supervise), Effort()
         numbered = ((number, row) for number, each in enumerate(inputs) for row in each.conversations(data.system))
-        found = watched(outcomes(numbered, work, total, effort), "rendering", total)
+        found = watched(outcomes(numbered, work, num_workers(total), effort), "rendering", total)
         write_examples(folder, _entered(found, accounts))
         return {"sources": [asdict(account) for account in accounts], **asdict(effort)}
 

@@ -18,6 +18,7 @@ from chatlora.errors import DataError, SetAside
 ROWS_PER_WORKER = 10_000  # with fewer, starting a worker (it imports and compiles for seconds) does not pay
 MAX_WORKERS = 16  # one process feeds them all
 CHUNK = 64  # conversations handed over at a time
+CHUNKS_AHEAD = 8  # for each worker: it never waits for more, and memory holds no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,9 @@ Done = tuple[list[Outcome], float, float]  # with seconds, and those spent in pr
 
 
 def outcomes(
-    conversations: Iterable[tuple[int, Conversation]], work: Work, num_rows: int, effort: Effort
+    conversations: Iterable[tuple[int, Conversation]], work: Work, workers: int, effort: Effort
 ) -> Iterator[tuple[int, Conversation, Outcome]]:
-    """(source, conversation, outcome), in the order of `conversations`, of which there are `num_rows`."""
-    workers = num_workers(num_rows)
+    """(source, conversation, outcome), in the order of `conversations`. With fewer than two workers: all of it here."""
     if workers < 2:
         for chunk in _chunks(conversations):
             yield from _counted(chunk, _run(work, [conversation for _, conversation in chunk]), effort)
@@ -75,7 +75,7 @@ def outcomes(
         waiting: deque[tuple[list[tuple[int, Conversation]], Future[Done]]] = deque()
         for chunk in _chunks(conversations):
             waiting.append((chunk, pool.submit(_run_here, [conversation for _, conversation in chunk])))
-            if len(waiting) > 2 * workers:  # no more in memory than keeps everybody busy
+            if len(waiting) > CHUNKS_AHEAD * workers:
                 oldest, future = waiting.popleft()
                 yield from _counted(oldest, future.result(), effort)
         for chunk, future in waiting:
@@ -83,8 +83,9 @@ def outcomes(
 
 
 def num_workers(num_rows: int) -> int:
+    """How many processes are worth starting, beside this one, which parses and writes."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return min(cores, MAX_WORKERS, num_rows // ROWS_PER_WORKER)
+    return min(cores - 1, MAX_WORKERS, num_rows // ROWS_PER_WORKER)
 
 
 def _chunks(items: Iterable[tuple[int, Conversation]]) -> Iterator[list[tuple[int, Conversation]]]:
