@@ -5,6 +5,7 @@ Run: pytest tests/test_proof.py
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -171,21 +172,41 @@ def test_a_changed_prompt_is_refused(place):
             renderer.prove(Example(ids, labels), TWO_TURNS, renderer.turns(TWO_TURNS))
 
 
-def test_ids_that_spell_the_prompt_otherwise_than_inference_are_refused():
+@pytest.mark.parametrize("question", ["Where?", "Where is <|im_end|>?"], ids=["plain", "control text"])
+def test_ids_that_spell_the_prompt_otherwise_than_inference_are_refused(question):
     renderer = Renderer(tiny_tokenizer())
-    [example] = renderer.render(TWO_TURNS, max_length=LONG).examples
+    conversation = replace(TWO_TURNS, messages=(Message("user", question), *TWO_TURNS.messages[1:]))
+    [example] = renderer.render(conversation, max_length=LONG).examples
     tokenizer = renderer.tokenizer
+    header, letters = tokenizer.convert_tokens_to_ids(["assistant"]), tokenizer.convert_tokens_to_ids(list("assistant"))
     for start, _ in stretches(example):
-        # "assistant" letter by letter decodes to the same.
-        header = tokenizer.encode("assistant", add_special_tokens=False)
-        at = start - 1 - len(header)
+        at = start - 2
         assert example.input_ids[at : start - 1] == header
-        letters = tokenizer.convert_tokens_to_ids(list("assistant"))
         ids = [*example.input_ids[:at], *letters, *example.input_ids[start - 1 :]]
         labels = [*example.labels[:at], *[IGNORE_INDEX] * len(letters), *example.labels[start - 1 :]]
         assert tokenizer.decode(ids) == tokenizer.decode(example.input_ids)
         with pytest.raises(SetAside, match="the ids before a target are not those of its prompt"):
-            renderer.prove(Example(ids, labels), TWO_TURNS, renderer.turns(TWO_TURNS))
+            renderer.prove(Example(ids, labels), conversation, renderer.turns(conversation))
+
+
+def test_a_changed_reply_is_refused():
+    renderer = Renderer(tiny_tokenizer())
+    [example] = renderer.render(TWO_TURNS, max_length=LONG).examples
+    for start, end in stretches(example):
+        for at, replaced in ((start, [5]), (start, []), (end - 2, [5, 6]), (end - 1, [5])):
+            ids = [*example.input_ids[:at], *replaced, *example.input_ids[at + 1 :]]
+            labels = [*example.labels[:at], *replaced, *example.labels[at + 1 :]]
+            with pytest.raises(SetAside, match="the targets do not decode to the reply"):
+                renderer.prove(Example(ids, labels), TWO_TURNS, renderer.turns(TWO_TURNS))
+
+
+def test_a_rendering_that_is_not_what_transformers_gives_is_refused():
+    template = "{{ style }}" + tiny_tokenizer().chat_template
+    renderer = Renderer(tiny_tokenizer(chat_template=template), chat_template_kwargs={"style": "brief"})
+    assert renderer.render(TWO_TURNS, max_length=LONG).turns == 2
+    renderer._template = replace(renderer._template, kwargs={"style": "long"})
+    with pytest.raises(SetAside, match="the ids before a target are not those of its prompt"):
+        renderer.render(TWO_TURNS, max_length=LONG)
 
 
 def test_a_second_bos_is_refused():
