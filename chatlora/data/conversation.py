@@ -38,7 +38,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in order, the tools on offer (JSON schemas, as the chat template wants them) and where the row stands."""
+    """Messages in order, the tools on offer (JSON schemas, as chat templates want them) and where the row stands."""
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def digest(value: Any) -> str:
 
 @cache
 def code_digest() -> str:
-    """sha256 of this folder's code: what another version of it rendered is not taken for this one's."""
+    """sha256 of this folder's code and the versions it stands on: what others rendered is not taken for its own."""
     modules = sorted(Path(__file__).parent.glob("*.py"))
-    return digest([[module.name, hashlib.sha256(module.read_bytes()).hexdigest()] for module in modules])
+    own = [[module.name, hashlib.sha256(module.read_bytes()).hexdigest()] for module in modules]
+    return digest([own, [[name, version(name)] for name in ("transformers", "tokenizers", "jinja2")]])
