@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from chatlora.config import Config
 from chatlora.config_files import HELP, help_text, load_config
-from chatlora.errors import NonFiniteError, run_as_script
+from chatlora.errors import NonFiniteError, Stopped, run_as_script
 from chatlora.training.timetable import Timetable
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: not for `--help`, not for a typo in a setting
@@ -39,10 +39,19 @@ def train(
     train_set: ExampleSet,
     validation_set: ExampleSet | None,
 ) -> None:
-    timetable = Timetable(config.optim, batches.steps_per_epoch)
+    from chatlora.training.state import restore_newest, save_checkpoint
+
+    timetable = Timetable(config.optim, batches.steps_per_epoch, config.checkpoint.every_steps)
+    first_step = restore_newest(config.checkpoint, run, runtime, model, optimizer)  # 0 on a fresh run
+    run.go_on_from(first_step, timetable.num_steps)
+    if timetable.saves_after(first_step) and runtime.rank_0_says(not run.validated(first_step)):
+        validate(first_step, runtime, run, model, validation_set)  # a signal had cut it short
     model.train()
 
-    for step in range(timetable.num_steps):
+    for step in range(first_step, timetable.num_steps):
+        if timetable.saves_after(step) and runtime.rank_0_says(run.has_stalled(config.checkpoint.stop_after_no_gain)):
+            break
+
         batch = batches[step]  # the same on every rank; found without walking there
         learning_rate = timetable.learning_rate(step)
         for group in optimizer.param_groups:
@@ -57,29 +66,41 @@ def train(
                 runtime.backward(micro_loss)
             loss += micro_loss.detach()
 
-        # One reduction: the loss that all ranks log. On a bad number nothing has been updated, on any rank.
+        # One reduction: the loss that all ranks log and the stop that all ranks obey.
         grad_norm = runtime.clip_gradients(model, config.optim.max_grad_norm)
-        (total_loss,) = runtime.sum(loss)
-        if not isfinite(total_loss + grad_norm):
+        total_loss, stop = runtime.sum(loss, runtime.stop_requested())
+        if not isfinite(total_loss + grad_norm):  # nothing has been updated, on any rank
             raise NonFiniteError.at(step + 1, total_loss, grad_norm, train_set.places(batch.indices))
         optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
         run.log(done, loss=total_loss, grad_norm=grad_norm, learning_rate=learning_rate, batch=batch)
-        if validation_set is not None and timetable.validates_after(done):
-            run.log_validation(done, *validate(runtime, model, validation_set))
+        if timetable.saves_after(done) and not stop:
+            stop = validate(done, runtime, run, model, validation_set)  # before the save, which may be the best
+        if timetable.saves_after(done) or stop:
+            save_checkpoint(config.checkpoint, run, done, runtime, model, optimizer)
+        if stop:
+            raise Stopped(f"stopped after step {done}, which is saved: the same command goes on from there")
 
 
-def validate(runtime: Runtime, model: nn.Module, validation_set: ExampleSet) -> tuple[float, int]:
-    """Total loss over total targets, in nats a target, and the number of targets."""
-    loss, num_targets = runtime.zero(), int(validation_set.num_targets.sum())
+def validate(
+    done: int, runtime: Runtime, run: RunDirectory, model: nn.Module, validation_set: ExampleSet | None
+) -> bool:
+    """Log the loss on held-out rows: total loss over total targets. Returns whether a signal cut it short."""
+    if validation_set is None:
+        return False
+    loss = runtime.zero()
     with runtime.evaluating(model):
         for micro_batches in runtime.in_order(validation_set):
             for micro_batch in runtime.fetch(validation_set, micro_batches):
                 loss += model(**micro_batch)
+            if any(runtime.sum(runtime.stop_requested())):
+                return True
     (total_loss,) = runtime.sum(loss)
-    return total_loss / num_targets, num_targets
+    num_targets = int(validation_set.num_targets.sum())
+    run.log_validation(done, total_loss / num_targets, num_targets)
+    return False
 
 
 def main(argv: Sequence[str]) -> None:
@@ -98,7 +119,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         with run.reporting():
             actors = stage.set_up(config, runtime, run)
-            with stage.out_of_memory_told(actors.config, actors.runtime):
+            with stage.out_of_memory_told(actors.config, actors.runtime), runtime.signals.noted():
                 train(actors.config, actors.runtime, run, *actors.in_the_loop)
             stage.put_away(actors, run)
     if config.evaluation.after_training and config.data.test:

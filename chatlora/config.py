@@ -114,6 +114,16 @@ class OptimConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm; inf: never")
 
 
+class CheckpointConfig(Section):
+    every_steps: int = Field(100, ge=1, description="steps between two checkpoints, each with a validation before it")
+    keep_last: int = Field(2, ge=1, description="how many checkpoints stay, the newest ones")
+    keep_best: bool = Field(True, description="keep the checkpoint with the best validation loss as well")
+    resume: str = Field("auto", description="auto: from the newest good one, if any; never; or a checkpoint's path")
+    stop_after_no_gain: int | None = Field(
+        None, ge=1, description="end after this many validations without a better loss; null: never"
+    )
+
+
 class EvaluationConfig(Section):
     max_new_tokens: int = Field(512, ge=1, description="longest answer, in tokens")
     max_prompt_length: int | None = Field(None, ge=1, description="longest prompt, in tokens; null: data.max_length")
@@ -137,6 +147,7 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     run: RunConfig = RunConfig()
 
@@ -163,6 +174,11 @@ class Config(Section):
 # a run directory refuses to go on when they differ from what it was begun with.
 FREE_SETTINGS = frozenset(
     {
+        "checkpoint.every_steps",
+        "checkpoint.keep_best",
+        "checkpoint.keep_last",
+        "checkpoint.resume",
+        "checkpoint.stop_after_no_gain",
         "data.test",
         "evaluation.after_training",
         "evaluation.max_new_tokens",
@@ -178,8 +194,13 @@ FREE_SETTINGS = frozenset(
 
 
 def trajectory(config: Config) -> dict[str, Any]:
-    """`section.field` -> value of every setting that alters what is learned."""
-    return {name: value for name, value in _flat(config.as_dict()).items() if name not in FREE_SETTINGS}
+    """`section.field` -> value of every setting that alters what is learned.
+
+    How long a run is does not, where no learning rate depends on it: a constant one without warm-up.
+    """
+    optim = config.optim
+    lengths = {"optim.epochs", "optim.max_steps"} if optim.schedule == "constant" and not optim.warmup_ratio else set()
+    return {name: value for name, value in _flat(config.as_dict()).items() if name not in FREE_SETTINGS | lengths}
 
 
 def trajectory_hash(config: Config) -> str:
@@ -190,7 +211,7 @@ def trajectory_hash(config: Config) -> str:
 def changed_settings(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
     """`section.field` -> (before, after) of the trajectory's settings that differ."""
     old, new = trajectory(before), trajectory(after)
-    return {name: (old[name], new[name]) for name in old if old[name] != new[name]}
+    return {name: (value, new[name]) for name, value in old.items() if name in new and new[name] != value}
 
 
 def _flat(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

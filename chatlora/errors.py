@@ -4,6 +4,7 @@ ChatLoraError            exit status 2: the user's mistake, told as one block wi
 ├── ConfigError          a setting, a flag or a config file
 ├── DataError            a data file or a row in it
 ├── ModelError           a base model, tokenizer, chat template or adapter
+├── CheckpointError      exit status 1: a checkpoint that cannot be written or read
 ├── LaunchError          the way the processes were started
 └── PredictionsError     a predictions file handed to the evaluator
 SetAside                 not a mistake: one row that this template cannot render exactly
@@ -55,6 +56,11 @@ class PredictionsError(ChatLoraError):
     title = "The predictions cannot be scored"
 
 
+class CheckpointError(ChatLoraError):
+    exit_status = 1
+    title = "The run's checkpoints have problems"
+
+
 class NonFiniteError(ChatLoraError):
     exit_status = 1
     title = "The loss or its gradient is not finite; this step updated nothing"
@@ -89,13 +95,9 @@ class SetAside(Exception):
 
 
 class Stopped(Exception):
-    """The run was asked to stop after `step` finished steps."""
+    """A signal asked the process to stop; everything finished so far is on the disk."""
 
     exit_status = 75
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-        super().__init__(f"stopped after step {step}")
 
 
 def block(title: str, problems: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""One run on disk: who may write, what it was begun with, how it stands, what happened in each step."""
+"""One run on disk: what it is, how it stands, what happened in each step."""
 
 import json
 import math
@@ -7,16 +7,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
-from chatlora.config import Config, changed_settings, trajectory_hash
-from chatlora.config_files import config_from_file, write_config
-from chatlora.errors import ConfigError, LaunchError
+from chatlora.config import Config
+from chatlora.config_files import write_config
+from chatlora.errors import Stopped
 from chatlora.progress import TrainingProgress, clock
+
+LOG, VALIDATION = LOGS = ("log.jsonl", "validation.jsonl")
 
 State = Literal["running", "done", "stopped", "failed"]
 
@@ -30,39 +31,6 @@ class Counted(Protocol):
     def num_targets(self) -> int: ...
     @property
     def num_tokens(self) -> int: ...
-
-
-class Claim(NamedTuple):
-    """What rank 0 found out about a run's directory, for all ranks."""
-
-    config: Config  # with output_dir and chat_template_date filled in
-    finished: bool
-
-
-def claim(config: Config, name: str) -> tuple[Claim, FileLock]:
-    """Settle the run's directory and lock it against a second run. For rank 0 alone.
-
-    `run.output_dir: null` means runs/NAME-HASH, so that the same config goes on with its own run. Raises ConfigError
-    where a named directory holds a run with another trajectory, LaunchError where another process trains in it.
-    """
-    path = config.run.output_dir or Path("runs") / f"{name}-{trajectory_hash(config)}"
-    config = config.with_values("run", output_dir=path)
-    stored = path / "config.yaml"
-    day = config.model.chat_template_date or date.today()
-    if stored.is_file():
-        before = config_from_file(stored)
-        _refuse_changes(before, config, path)
-        day = config.model.chat_template_date or before.model.chat_template_date or day
-    config = config.with_values("model", chat_template_date=day)
-    path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise LaunchError(
-            f"another process is training in {path}: wait for it, or give this run a folder with --run.output_dir"
-        ) from None
-    return Claim(config, finished=read_status(path).get("state") == "done"), lock
 
 
 class RunDirectory:
@@ -81,16 +49,29 @@ class RunDirectory:
     def adapter(self) -> Path:
         return self.path / "adapter"
 
-    def begin(self, config: Config, environment: Mapping[str, Any], ledger: Mapping[str, Any], num_steps: int) -> None:
-        """Write what the run is, and empty what a run that did not finish has left."""
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def describe(self, config: Config, environment: Mapping[str, Any], ledger: Mapping[str, Any]) -> None:
+        """Write what the run is."""
+        if self.writes:
+            write_config(config, self.path / "config.yaml")
+            write_json(self.path / "environment.json", environment)
+            write_json(self.path / "ledger.json", ledger)
+
+    def go_on_from(self, step: int, num_steps: int) -> None:
+        """Cut the logs back to the checkpoint, or empty them on a fresh run, and show the progress."""
+        self.step = step
         if not self.writes:
             return
-        write_config(config, self.path / "config.yaml")
-        write_json(self.path / "environment.json", environment)
-        write_json(self.path / "ledger.json", ledger)
-        for name in ("log.jsonl", "validation.jsonl"):
-            (self.path / name).write_text("", encoding="utf-8")
-        self.progress = TrainingProgress(num_steps)
+        for name in LOGS:
+            kept = [line for line in read_log(self.path / name) if line["step"] <= step]
+            write_text(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
+        if step:
+            epoch = read_log(self.path / LOG)[-1]["epoch"]
+            self.say(f"going on after step {step} of {num_steps}, {epoch:.2f} epochs seen")
+        self.progress = TrainingProgress(num_steps, step)
         self.last_time = time.monotonic()
 
     def log(
@@ -119,7 +100,7 @@ class RunDirectory:
             "seconds": round(seconds, 4),
             "peak_memory_bytes": memory,
         }
-        self._append("log.jsonl", line)
+        self._append(LOG, line)
         if self.progress is not None:
             self.progress.update(done, loss=loss, num_tokens=batch.num_tokens, seconds=seconds, memory=memory)
 
@@ -127,9 +108,34 @@ class RunDirectory:
         """One line of validation.jsonl. loss: nats a target, summed over all targets and divided once."""
         if not self.writes or not num_targets:
             return
-        self._append("validation.jsonl", {"step": done, "loss": loss, "num_targets": num_targets})
+        self._append(VALIDATION, {"step": done, "loss": loss, "num_targets": num_targets})
         self.say(f"step {done}: validation loss {loss:.4f} (perplexity {math.exp(min(loss, 99)):.2f})")
         self.last_time = time.monotonic()  # the next step does not pay for the validation
+
+    def validated(self, step: int) -> bool:
+        """Whether the validation after this step has been logged."""
+        return any(line["step"] == step for line in read_log(self.path / VALIDATION))
+
+    def best_step(self) -> int | None:
+        """The step with the best validation loss so far, the earliest of equals."""
+        lines = read_log(self.path / VALIDATION)
+        return int(min(lines, key=lambda line: float(line["loss"]))["step"]) if lines else None
+
+    def has_stalled(self, patience: int | None) -> bool:
+        """Whether the last `patience` validations brought no better loss. Told from the log, as a resume does."""
+        best = self.best_step()
+        if patience is None or best is None:
+            return False
+        since: int = sum(line["step"] > best for line in read_log(self.path / VALIDATION))
+        if since >= patience:
+            self.say(f"no better validation loss in {since} validations since step {best}: the run ends here")
+        return since >= patience
+
+    def sync_logs(self) -> None:
+        """Wait until the logs are on the disk: they are never behind a checkpoint."""
+        for name in LOGS:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                os.fsync(file.fileno())
 
     def say(self, line: str) -> None:
         """A line on standard error, above the bar where there is one."""
@@ -144,8 +150,8 @@ class RunDirectory:
         self.set_status("running", "")
         try:
             yield
-        except KeyboardInterrupt:
-            self.set_status("stopped", "interrupted")
+        except Stopped as stop:
+            self.set_status("stopped", str(stop))
             raise
         except BaseException as error:
             self.set_status("failed", str(error))
@@ -162,7 +168,7 @@ class RunDirectory:
 
     def summary(self) -> str:
         """A sentence on how the run went, from its log."""
-        steps = read_log(self.path / "log.jsonl")
+        steps = read_log(self.path / LOG)
         seconds = sum(step["seconds"] for step in steps)
         tokens = sum(step["num_tokens"] for step in steps)
         return (
@@ -189,25 +195,22 @@ def read_status(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Written beside and renamed: a reader sees the old file or the new one, never a part."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl or validation.jsonl."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """The whole lines of a log.jsonl or validation.jsonl; none where there is no file.
 
-
-def _refuse_changes(before: Config, after: Config, path: Path) -> None:
-    changes = changed_settings(before, after)
-    if changes:
-        raise ConfigError(
-            *(
-                f"{name} is {new!r}, but the run in {path} was begun with {old!r}"
-                for name, (old, new) in changes.items()
-            ),
-            "Change these settings back, or give this run a folder of its own with --run.output_dir",
-        )
+    A line that a kill cut short, which can only be the last, is left out.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

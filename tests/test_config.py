@@ -136,7 +136,7 @@ class TestTimetable:
     optim = OptimConfig(epochs=2, learning_rate=1.0, warmup_ratio=0.1)
 
     def rates(self, schedule: str) -> list[float]:
-        timetable = Timetable(self.optim.model_copy(update={"schedule": schedule}), steps_per_epoch=10)
+        timetable = Timetable(self.optim.model_copy(update={"schedule": schedule}), steps_per_epoch=10, every_steps=3)
         return [timetable.learning_rate(step) for step in range(timetable.num_steps)]
 
     def test_closed_forms(self) -> None:
@@ -146,9 +146,9 @@ class TestTimetable:
         assert len(self.rates("cosine")) == 20
 
     def test_half_an_epoch_and_a_limit(self) -> None:
-        assert Timetable(OptimConfig(epochs=0.5), 7).num_steps == 4
-        assert Timetable(OptimConfig(max_steps=3), 7).num_steps == 3
+        assert Timetable(OptimConfig(epochs=0.5), 7, 3).num_steps == 4
+        assert Timetable(OptimConfig(max_steps=3), 7, 3).num_steps == 3
 
-    def test_validations(self) -> None:
-        timetable = Timetable(OptimConfig(epochs=1.5), 4)
-        assert [done for done in range(1, 7) if timetable.validates_after(done)] == [4, 6]
+    def test_checkpoints(self) -> None:
+        timetable = Timetable(OptimConfig(epochs=2), 4, every_steps=3)
+        assert [done for done in range(9) if timetable.saves_after(done)] == [3, 6, 8]

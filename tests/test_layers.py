@@ -13,7 +13,7 @@ PACKAGE = REPOSITORY / "chatlora"
 # From the ground up. A room imports from its own layer and from those below it.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "cache", "progress"}),
-    frozenset({"config", "config_files", "run_directory"}),
+    frozenset({"claim", "config", "config_files", "run_directory"}),
     frozenset({"data"}),
     frozenset({"model"}),
     frozenset({"chatglm3", "training", "evaluation"}),

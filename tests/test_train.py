@@ -46,6 +46,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"lora: {{rank: 4, dropout: 0.1}}\n"
         f"data: {{train: {folder}/rows.jsonl, validation: 0.1, max_length: 256}}\n"
         "optim: {epochs: 2, global_batch_size: 16, max_tokens_per_micro_batch: 300, learning_rate: 5e-3}\n"
+        "checkpoint: {every_steps: 5}\n"
         "run: {precision: fp32, cpu_threads: 1}\n",
         encoding="utf-8",
     )
@@ -82,6 +83,8 @@ def test_a_run_leaves_what_it_promises(run: Run, world: Path) -> None:
         "log.jsonl",
         "validation.jsonl",
         "adapter",
+        "adapter-best",
+        "checkpoints",
     }
     assert {path.name for path in (folder / "adapter").iterdir()} >= {
         "adapter_config.json",
@@ -100,14 +103,15 @@ def test_a_run_leaves_what_it_promises(run: Run, world: Path) -> None:
     assert log[-1]["loss"] < log[0]["loss"]
     assert sum(line["num_targets"] for line in log) == 2 * account["targets"]
     validation = read_log(folder / "validation.jsonl")
-    assert [line["step"] for line in validation] == [len(log) // 2, len(log)]
-    assert validation[1]["loss"] < validation[0]["loss"]
+    assert [line["step"] for line in validation] == [5, 10] == [5, len(log)]
+    assert validation[-1]["loss"] < validation[0]["loss"]
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-000005", "step-000010"]
 
 
 def test_the_learning_rate_in_the_log_is_the_closed_form(run: Run, world: Path) -> None:
     config = load_config([str(world / "my.yaml")], default="demo").config
     log = read_log(run() / "log.jsonl")
-    timetable = Timetable(config.optim, len(log) // 2)
+    timetable = Timetable(config.optim, len(log) // 2, 5)
     assert [line["learning_rate"] for line in log] == [timetable.learning_rate(step) for step in range(len(log))]
 
 

@@ -19,6 +19,7 @@ from chatlora.data.batches import Indices, in_order
 from chatlora.data.collate import pack, pad_right
 from chatlora.data.dataset import ExampleSet
 from chatlora.errors import LaunchError
+from chatlora.training.signals import StopSignals
 
 MicroBatch = Mapping[str, Any]
 
@@ -29,6 +30,7 @@ class Runtime:
 
     accelerator: Accelerator
     dtype: torch.dtype  # of the base model; the adapter, its gradients and moments are fp32 in any case
+    signals: StopSignals
     token_budget: int  # of one micro-batch on one process
     padded: bool = False  # batches are right-padded instead of packed
 
@@ -120,6 +122,20 @@ class Runtime:
         """Sums over all ranks, in one reduction. Scalars -> floats."""
         return [float(value) for value in self.accelerator.reduce(torch.stack(values), "sum")]
 
+    def stop_requested(self) -> torch.Tensor:
+        """1 if a signal asked this process to stop, else 0."""
+        return torch.tensor(float(self.signals.requested), device=self.device)
+
+    def rank_0_says(self, answer: bool) -> bool:
+        """Rank 0's answer, on every rank."""
+        return self.share("yes" if answer else "") == "yes"
+
+    def spread(self, like: torch.Tensor, value: torch.Tensor | None) -> torch.Tensor:
+        """Rank 0's value on every rank; the others give None. `like`: shape, dtype and device."""
+        here = torch.empty_like(like) if value is None else value.to(like)
+        whole: torch.Tensor = accelerate.utils.broadcast(here) if self.num_processes > 1 else here
+        return whole
+
     def share(self, text: str) -> str:
         """Rank 0's text, on every rank. Sent as bytes: nothing is unpickled."""
         if self.num_processes == 1:
@@ -149,6 +165,8 @@ class Runtime:
 
 def start(config: Config) -> Runtime:
     """The Runtime for whatever launched this process: python, torchrun or accelerate launch, on GPU or CPU."""
+    signals = StopSignals()
+    signals.install()
     on_cpu = not torch.accelerator.is_available()
     launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
     accelerator = Accelerator(
@@ -165,7 +183,7 @@ def start(config: Config) -> Runtime:
         threads = config.run.cpu_threads
         torch.set_num_threads(max(1, cores // processes_here) if threads == "auto" else threads)
     device = torch.device(accelerator.device)
-    return Runtime(accelerator, resolve_precision(config.run, device), token_budget(config, device))
+    return Runtime(accelerator, resolve_precision(config.run, device), signals, token_budget(config, device))
 
 
 def resolve_precision(run: RunConfig, device: torch.device) -> torch.dtype:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import chatlora
 from chatlora.cache import cache_root
+from chatlora.claim import claim, refuse_other_inputs
 from chatlora.config import Config
 from chatlora.config_files import Loaded
 from chatlora.data.batches import GlobalBatches
@@ -32,8 +33,9 @@ from chatlora.model.identity import base_model_identity
 from chatlora.model.loading import load_base_model, load_tokenizer, renderer_for
 from chatlora.model.lora import add_lora, describe_lora, save_adapter, trainable
 from chatlora.model.loss import TargetLoss
-from chatlora.run_directory import RunDirectory, claim
+from chatlora.run_directory import RunDirectory
 from chatlora.training.card import model_card
+from chatlora.training.checkpoint import published, read_checkpoint, refuse_full_disk
 from chatlora.training.runtime import Runtime
 from chatlora.training.timetable import Timetable
 
@@ -121,12 +123,18 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
         runtime.num_processes,
         runtime.padded,
     )
-    steps = Timetable(config.optim, batches.steps_per_epoch).num_steps
+    steps = Timetable(config.optim, batches.steps_per_epoch, config.checkpoint.every_steps).num_steps
     run.say(
         f"{steps} steps of {config.optim.global_batch_size} examples, "
         f"at most {runtime.token_budget:,} tokens a micro-batch"
     )
-    run.begin(config, environment(config, runtime, renderer, data, identity), data.ledger, steps)
+    facts = environment(runtime, renderer, data, identity)
+    if runtime.is_main and published(run.checkpoints):
+        refuse_other_inputs(run.path, facts)
+    if runtime.is_main:
+        size = sum(parameter.numel() for parameter in trainable(adapted).values())
+        refuse_full_disk(run.checkpoints, size, config.checkpoint.keep_last)
+    run.describe(config, facts, data.ledger)
     return Actors(config, runtime, tokenizer, renderer, adapted, model, optimizer, batches, data)
 
 
@@ -159,8 +167,20 @@ def put_away(actors: Actors, run: RunDirectory) -> None:
     """The last step's adapter, with tokenizer, chat template, stop tokens and card, beside the run's other files."""
     if not actors.runtime.is_main:
         return
-    beside = run.path / ".adapter"
     weights = {name: parameter.detach() for name, parameter in trainable(actors.adapted).items()}
+    export(actors, run, weights, run.adapter)
+    run.say(f"the adapter is in {run.adapter}")
+    best = run.best_step()
+    if best is not None and actors.config.checkpoint.keep_best:
+        best_checkpoint = read_checkpoint(run.checkpoints / f"step-{best:06}")
+        export(actors, run, best_checkpoint.adapter, run.path / "adapter-best")
+        run.say(f"the adapter with the best validation loss, of step {best}, is in {run.path / 'adapter-best'}")
+
+
+def export(actors: Actors, run: RunDirectory, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """A PEFT adapter that is whole when it appears."""
+    beside = folder.with_name(f".{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)
     save_adapter(actors.adapted, weights, beside)
     actors.tokenizer.save_pretrained(beside)
     generation = actors.adapted.get_base_model().generation_config
@@ -168,15 +188,12 @@ def put_away(actors: Actors, run: RunDirectory) -> None:
     generation.save_pretrained(beside)
     card = model_card(actors.config, run.path, actors.config.model.name_or_path)
     (beside / "README.md").write_text(card, encoding="utf-8")
-    if run.adapter.exists():
-        shutil.rmtree(run.adapter)
-    beside.rename(run.adapter)
-    run.say(f"the adapter is in {run.adapter}")
+    if folder.exists():
+        shutil.rmtree(folder)
+    beside.rename(folder)
 
 
-def environment(
-    config: Config, runtime: Runtime, renderer: Renderer, data: PreparedData, base_model: str
-) -> dict[str, Any]:
+def environment(runtime: Runtime, renderer: Renderer, data: PreparedData, base_model: str) -> dict[str, Any]:
     """What this run ran on and with: enough to tell two runs apart."""
     return {
         "versions": {

@@ -8,10 +8,11 @@ from chatlora.config import OptimConfig
 
 @dataclass(frozen=True)
 class Timetable:
-    """Learning rates and validations of a run. Steps count from 0; `done` is the number of finished steps."""
+    """Learning rates and checkpoints of a run. Steps count from 0; `done` is the number of finished steps."""
 
     optim: OptimConfig
     steps_per_epoch: int
+    every_steps: int
 
     @property
     def num_steps(self) -> int:
@@ -37,6 +38,6 @@ class Timetable:
             case "cosine":
                 return peak * (1 + math.cos(math.pi * x)) / 2
 
-    def validates_after(self, done: int) -> bool:
-        """At the end of every epoch and of the run."""
-        return done == self.num_steps or done % self.steps_per_epoch == 0
+    def saves_after(self, done: int) -> bool:
+        """Every `checkpoint.every_steps` steps and after the last one: a validation, then a checkpoint."""
+        return done > 0 and (done == self.num_steps or done % self.every_steps == 0)

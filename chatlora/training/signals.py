@@ -1,0 +1,54 @@
+"""SIGTERM, SIGINT and SIGUSR1 ask a run to stop; nothing finished is lost.
+
+Inside the loop the request is noted, and all ranks act on it at the same step. Elsewhere (data building, loading,
+generation) nothing half done is worth keeping: Stopped is raised where the signal arrives.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from chatlora.errors import Stopped
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch, by torchrun
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+class StopSignals:
+    """Installed once a process. `requested` is what the loop asks."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.noted_only = False
+
+    def install(self) -> None:
+        for name in SIGNALS:
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self._arrived)
+        if sys.platform == "linux" and any(name in os.environ for name in LAUNCHED):
+            # `accelerate launch` with one process does not pass SIGTERM on, but dies of it.
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Within, a signal only sets `requested`."""
+        self.noted_only = True
+        try:
+            yield
+        finally:
+            self.noted_only = False
+
+    def _arrived(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.requested = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one leaves at once
+        name = signal.Signals(number).name
+        if not self.noted_only:
+            raise Stopped(f"stopped on {name}")
+        print(f"\n{name}: stopping after this step", file=sys.stderr, flush=True)

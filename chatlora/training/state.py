@@ -1,0 +1,110 @@
+"""The run's state, in and out of the model and the optimizer, whatever engine holds them.
+
+Every function here is collective: all ranks call it. Rank 0 alone reads and writes the disk, and tells the others.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from chatlora.config import CheckpointConfig
+from chatlora.errors import CheckpointError
+from chatlora.model.lora import trainable
+from chatlora.model.loss import TargetLoss
+from chatlora.run_directory import RunDirectory
+from chatlora.training.checkpoint import (
+    MOMENTS,
+    Checkpoint,
+    Tensors,
+    newest_verified,
+    published,
+    read_checkpoint,
+    rotate,
+    sweep,
+    write_checkpoint,
+)
+from chatlora.training.runtime import Runtime
+
+
+def save_checkpoint(
+    checkpoint: CheckpointConfig,
+    run: RunDirectory,
+    done: int,
+    runtime: Runtime,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Publish the state after `done` steps, then let go of what is not kept: never the newest, nor the best."""
+    state = gather(runtime, model, optimizer, done)
+    if not runtime.is_main:
+        return
+    run.sync_logs()  # the log is never behind the checkpoint
+    write_checkpoint(run.checkpoints, state)
+    best = run.best_step() if checkpoint.keep_best else None
+    rotate(run.checkpoints, keep_last=checkpoint.keep_last, keep=() if best is None else (best,))
+
+
+def restore_newest(
+    checkpoint: CheckpointConfig,
+    run: RunDirectory,
+    runtime: Runtime,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> int:
+    """Put the state of the newest good checkpoint into model and optimizer. Returns its step, 0 on a fresh run."""
+    found = _find(checkpoint.resume, run) if runtime.is_main else None
+    step = int(runtime.share("" if found is None else str(found.step)) or 0)
+    if step:
+        _scatter(runtime, model, optimizer, step, found)
+    return step
+
+
+def adapter_parameters(runtime: Runtime, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters under PEFT's names, out of whatever an engine wrapped around the loss."""
+    loss = runtime.unwrap(model)
+    assert isinstance(loss, TargetLoss)
+    return trainable(loss.model)
+
+
+def gather(runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Checkpoint:
+    """Full fp32 copies on the CPU, by parameter name."""
+    adapter: Tensors = {}
+    moments: dict[str, Tensors] = {kind: {} for kind in MOMENTS}
+    for name, parameter in adapter_parameters(runtime, model).items():
+        adapter[name] = parameter.detach().to("cpu", copy=True)
+        for kind in MOMENTS:
+            moments[kind][name] = optimizer.state[parameter][kind].to("cpu", copy=True)
+    return Checkpoint(step, adapter, moments)
+
+
+@torch.no_grad()
+def _scatter(
+    runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, state: Checkpoint | None
+) -> None:
+    """Rank 0's state onto every rank, one tensor at a time."""
+    parameters = adapter_parameters(runtime, model)
+    if state is not None and set(state.adapter) != set(parameters):
+        raise CheckpointError(f"the checkpoint of step {step} holds another adapter than this configuration makes")
+    for name, parameter in parameters.items():
+        parameter.copy_(runtime.spread(parameter, None if state is None else state.adapter[name]))
+        moments = {kind: None if state is None else state.moments[kind][name] for kind in MOMENTS}
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(step), device=parameter.device),
+            **{kind: runtime.spread(parameter, value) for kind, value in moments.items()},
+        }
+
+
+def _find(resume: str, run: RunDirectory) -> Checkpoint | None:
+    """What `checkpoint.resume` asks for."""
+    sweep(run.checkpoints)
+    if resume not in ("auto", "never"):
+        return read_checkpoint(Path(resume))
+    if resume == "never":
+        if published(run.checkpoints):
+            raise CheckpointError(
+                f"checkpoint.resume is never, but {run.checkpoints} holds checkpoints: give another --run.output_dir"
+            )
+        return None
+    home = newest_verified(run.checkpoints, run.say)
+    return None if home is None else read_checkpoint(home)
