@@ -157,6 +157,7 @@ def test_a_template_that_changes_earlier_replies_gives_one_example_a_turn():
         ["不需要，是免费开放。<|im_end|>"],
     ]
     assert_exact(plain, MULTI, rendered.examples)
+    assert render(MULTI, tokenizer, max_length=LONG) == list(rendered.examples)
 
 
 def test_where_a_token_straddles_the_boundary_the_prompt_s_ids_win():

@@ -113,6 +113,7 @@ class Proof:
             chat_template=self.template.text,
             add_generation_prompt=True,
             return_dict=False,
+            tokenizer_kwargs={"verbose": False},  # it warns of lengths, which are ours to look at
             **self.template.kwargs,
         )
         return ids

@@ -36,7 +36,7 @@ from chatlora.data.examples import (
     too_long,
 )
 from chatlora.data.proof import Proof
-from chatlora.data.template import ChatTemplate, chat_template_of, template_messages
+from chatlora.data.template import ChatTemplate, chat_template_of, resolve_template_kwargs, template_messages
 from chatlora.data.turns import StopTokens, Turn, check_context, read_turn, targets
 from chatlora.errors import SetAside
 
@@ -246,8 +246,11 @@ def render(
     supervise: Supervise = "all",
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Example]:
-    """One conversation's training examples. For many conversations build a `Renderer` once."""
-    renderer = Renderer(tokenizer, chat_template_kwargs=chat_template_kwargs)
+    """One conversation's training examples, as if it were all of the data (which decides on `enable_thinking`).
+
+    For many conversations build a `Renderer` once.
+    """
+    renderer = _renderer_of(conversation, tokenizer, chat_template_kwargs)
     rendered = renderer.render(conversation, max_length=max_length, over_length=over_length, supervise=supervise)
     return list(rendered.examples)
 
@@ -261,10 +264,20 @@ def render_for_evaluation(
     over_length: OverLength = "fit",
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[EvalExample]:
-    """One conversation's samples. For many conversations build a `Renderer` once; it also tells what was set aside."""
-    renderer = Renderer(tokenizer, chat_template_kwargs=chat_template_kwargs)
+    """One conversation's samples, as if it were all of the data (which decides on `enable_thinking`).
+
+    For many conversations build a `Renderer` once; it also tells what was set aside.
+    """
+    renderer = _renderer_of(conversation, tokenizer, chat_template_kwargs)
     return list(
         renderer.render_for_evaluation(
             conversation, max_prompt_length=max_prompt_length, max_new_tokens=max_new_tokens, over_length=over_length
         )
     )
+
+
+def _renderer_of(conversation: Conversation, tokenizer: Any, kwargs: Mapping[str, Any] | None) -> Renderer:
+    any_reasoning = any(message.reasoning for message in conversation.messages)
+    template = chat_template_of(tokenizer, None)
+    resolved = resolve_template_kwargs(template, kwargs or {}, any_reasoning=any_reasoning)
+    return Renderer(tokenizer, chat_template_kwargs=resolved)

@@ -125,10 +125,17 @@ def _options_tried(template: ChatTemplate, messages: Messages, tools: Messages, 
         return told
     for value in (False, True):
         other = replace(template, kwargs={**template.kwargs, "enable_thinking": value})
-        prompt = other.render(messages[:index], tools, prompt=True)
-        if other.render(messages[: index + 1], tools, prompt=False).startswith(prompt):
+        if _continues(other, messages, tools, index):
             return f"{told}; with enable_thinking: {str(value).lower()} it does"
     return f"{told}; with enable_thinking: false or true neither"
+
+
+def _continues(template: ChatTemplate, messages: Messages, tools: Messages, index: int) -> bool:
+    try:
+        prompt = template.render(messages[:index], tools, prompt=True)
+        return template.render(messages[: index + 1], tools, prompt=False).startswith(prompt)
+    except SetAside:
+        return False
 
 
 class _Probe:
