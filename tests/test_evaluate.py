@@ -233,6 +233,27 @@ def test_a_run_and_its_base_side_by_side(world: Path, evaluated: Path) -> None:
         ]
 
 
+def test_both_are_shown_side_by_side_with_samples(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate.main(
+        [str(world / "run"), "--compare", "base", "--output_dir", str(world / "shown"), "--style", "chatglm3"]
+    )
+    shown, told = capsys.readouterr()
+    [header] = [line for line in shown.splitlines() if "measure" in line]
+    assert header.index("base") < header.index("adapter") < header.index("gain")
+    assert "scores over 12 samples" in shown
+    base, adapter = (
+        json.loads((world / name / "scores.json").read_text("utf-8"))["scores"]["bleu-4"]["value"]
+        for name in ("shown-base", "shown")
+    )
+    [line] = [line for line in shown.splitlines() if "bleu-4" in line]
+    cells = [cell.strip() for cell in line.split("│")[2:5]]
+    assert cells == [f"{base:.4f}", f"{adapter:.4f}", f"{adapter - base:+.4f}"]
+    assert shown.count("reference") >= 4
+    assert "12 prompts with 13 references" in told
+    assert "generating, base 12/12" in told
+    assert "generating, adapter 12/12" in told
+
+
 def test_one_sample_an_assistant_turn_and_all_references_of_a_prompt(world: Path, evaluated: Path) -> None:
     lines = lines_of(evaluated / "test/predictions.jsonl")
     assert [line["turn"] for line in lines] == [0] * 10 + [0, 1]

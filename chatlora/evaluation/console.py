@@ -60,7 +60,7 @@ class GenerationProgress:
 def show_scores(console: Console, scores: Mapping[str, Scores]) -> None:
     """One column a model, one row a measure, and what the last model gained over the first."""
     names = list(scores)
-    table = Table(title="scores", title_justify="left")
+    table = Table(title=f"scores over {len(scores[names[0]].per_sample):,} samples", title_justify="left")
     table.add_column("measure")
     for name in names:
         table.add_column(name, justify="right")
@@ -68,8 +68,9 @@ def show_scores(console: Console, scores: Mapping[str, Scores]) -> None:
         table.add_column("gain", justify="right")
     for measure in scores[names[0]].values:
         numbers = [scores[name].values[measure] for name in names]
-        gain = [f"{numbers[-1] - numbers[0]:+.4g}"] if len(names) > 1 else []
-        table.add_row(measure, *(f"{number:.2f}" if number >= 2 else f"{number:.4g}" for number in numbers), *gain)
+        places = 4 if "|scale:0-1|" in scores[names[0]].signatures[measure] else 2
+        gain = [f"{numbers[-1] - numbers[0]:+.{places}f}"] if len(names) > 1 else []
+        table.add_row(measure, *(f"{number:.{places}f}" for number in numbers), *gain)
     console.print(table)
 
 

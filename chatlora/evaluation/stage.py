@@ -107,6 +107,7 @@ def set_up(request: Request, runtime: Runtime) -> Actors:
     batches = group(samples, budget, longest)
     mine = share(batches, lambda batch: cost(batch, longest), runtime.rank, runtime.num_processes)
     references = sum(len(sample.references) for sample in samples)
+    _note_limit(model, max(len(sample.input_ids) for sample in samples) + longest, say)
     say(f"{len(samples):,} prompts with {references:,} references in {len(batches):,} batches; {runtime.precision}")
     settings = greedy_settings(longest, stop_ids, pad_token_id)
     facts = {
@@ -117,6 +118,15 @@ def set_up(request: Request, runtime: Runtime) -> Actors:
         "rendering": renderer.fingerprint,
     }
     return Actors(runtime, model, tokenizer, samples, mine, settings, budget, facts)
+
+
+def _note_limit(model: Model, needed: int, say: Callable[[str], None]) -> None:
+    limit = model.config.get_text_config(decoder=True).to_dict().get("max_position_embeddings")
+    if limit is not None and needed > limit:
+        say(
+            f"the longest prompt and its answer may take {needed:,} tokens, but the model was made for {limit:,}: "
+            "lower --max_new_tokens or --max_prompt_length"
+        )
 
 
 def _tokenizer_source(model: ModelConfig, adapter: Path | None) -> ModelConfig:
