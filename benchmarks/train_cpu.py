@@ -56,35 +56,19 @@ def rendered(config: Any) -> Any:
 
 
 def chatlora(config: Any, steps: int) -> Iterator[tuple[int, float, float]]:
-    """(tokens, seconds, loss) of each step of train.py's own loop."""
+    """(tokens, seconds, loss) of each step of train.py itself, from its log."""
     import tempfile
-    from dataclasses import dataclass, field
 
     import train
-    from chatlora.training import runtime as engine
-    from chatlora.training import stage
-
-    @dataclass
-    class Clock:
-        """Takes the place of the run directory's log."""
-
-        last: float = 0.0
-        steps: list[tuple[int, float, float]] = field(default_factory=list)
-
-        def log(self, done: int, *, loss: float, batch: Any, **others: float) -> None:
-            now = time.perf_counter()
-            self.steps.append((batch.num_tokens, now - self.last, loss))
-            self.last = now
+    from chatlora.run_directory import read_log
 
     with tempfile.TemporaryDirectory() as folder:
-        config = config.with_values("run", output_dir=Path(folder)).with_values("optim", max_steps=steps)
-        runtime = engine.start(config)
-        lock = stage.claim(config, "bench")[1]
-        run = stage.RunDirectory(Path(folder), lock=lock, peak_memory=runtime.peak_memory_bytes)
-        actors = stage.set_up(config, runtime, run)
-        clock = Clock(time.perf_counter())
-        train.train(actors.config, actors.runtime, clock, *actors.in_the_loop)  # type: ignore[arg-type]
-    yield from clock.steps
+        run, settings = Path(folder) / "run", Path(folder) / "bench.yaml"
+        config = config.with_values("run", output_dir=run).with_values("optim", max_steps=steps)
+        settings.write_text(json.dumps(config.as_dict()), encoding="utf-8")  # JSON is YAML
+        train.main([str(settings)])
+        for line in read_log(run / "log.jsonl"):
+            yield line["num_tokens"], line["seconds"], line["loss"]
 
 
 def trainer(config: Any, steps: int) -> Iterator[tuple[int, float, float]]:
