@@ -28,6 +28,8 @@ USAGE = """usage: accelerate launch [--config_file FILE] train.py [PRESET | FILE
 Trains a LoRA adapter on the assistant's turns of conversations. Without an argument: the preset `demo`, a small real
 model on a small real data set, minutes on a laptop's CPU. A run's own config.yaml continues or repeats it."""
 
+SAVED = "stopped after step {}, which is saved: the same command goes on from there"
+
 
 def train(
     config: Config,
@@ -43,9 +45,10 @@ def train(
 
     timetable = Timetable(config.optim, batches.steps_per_epoch, config.checkpoint.every_steps)
     first_step = restore_newest(config.checkpoint, run, runtime, model, optimizer)  # 0 on a fresh run
-    run.go_on_from(first_step, timetable.num_steps)
-    if timetable.saves_after(first_step) and runtime.rank_0_says(not run.validated(first_step)):
-        validate(first_step, runtime, run, model, validation_set)  # a signal had cut it short
+    run.go_on_from(first_step, timetable.num_steps, batches)
+    unvalidated = timetable.saves_after(first_step) and runtime.rank_0_says(not run.validated(first_step))
+    if unvalidated and validate(first_step, runtime, run, model, validation_set):  # a signal cut it short: once more
+        raise Stopped(SAVED.format(first_step))
     model.train()
 
     for step in range(first_step, timetable.num_steps):
@@ -81,7 +84,7 @@ def train(
         if timetable.saves_after(done) or stop:
             save_checkpoint(config.checkpoint, run, done, runtime, model, optimizer)
         if stop:
-            raise Stopped(f"stopped after step {done}, which is saved: the same command goes on from there")
+            raise Stopped(SAVED.format(done))
 
 
 def validate(

@@ -33,17 +33,18 @@ def claim(config: Config, name: str) -> tuple[Claim, FileLock]:
     """Settle the run's directory and lock it against a second run. For rank 0 alone.
 
     `run.output_dir: null` means runs/NAME-HASH, so that the same config goes on with its own run. Raises ConfigError
-    where a named directory holds a run with another trajectory, LaunchError where another process trains in it.
+    where it would go on with a run of another trajectory, or `checkpoint.resume` asks for what cannot be, LaunchError
+    where another process trains in the directory.
     """
     path = config.run.output_dir or Path("runs") / f"{name}-{trajectory_hash(config)}"
     config = config.with_values("run", output_dir=path)
-    finished = False
-    if (path / "config.yaml").is_file():
-        before = config_from_file(path / "config.yaml")
+    _refuse_resume(config.checkpoint.resume, path)
+    begun, finished = begun_in(config), False
+    if begun is not None and (begun / "config.yaml").is_file():
+        before = config_from_file(begun / "config.yaml")
         config = _as_settled(config, before)
-        _refuse_changes(before, config, path)
-        same_length = before.optim.epochs == config.optim.epochs and before.optim.max_steps == config.optim.max_steps
-        finished = same_length and read_status(path).get("state") == "done"
+        _refuse_changes(before, config, begun)
+        finished = begun == path and read_status(path).get("state") == "done" and _ends(before) == _ends(config)
     if config.model.chat_template_date is None:
         config = config.with_values("model", chat_template_date=date.today())
     path.mkdir(parents=True, exist_ok=True)
@@ -57,8 +58,23 @@ def claim(config: Config, name: str) -> tuple[Claim, FileLock]:
     return Claim(config, finished), lock
 
 
-def refuse_other_inputs(path: Path, environment: Mapping[str, Any]) -> None:
+def begun_in(config: Config) -> Path | None:
+    """The run directory whose checkpoints this run goes on from: its own, that of `checkpoint.resume`, or none.
+
+    A run without a checkpoint starts at step 0 in any case, so that nothing holds it to what it was begun with.
+    """
+    own, resume = config.run.output_dir, config.checkpoint.resume
+    assert own is not None, "claim() settles it"
+    if _checkpoints_in(own):
+        return own
+    return None if resume in ("auto", "never") else Path(resume).absolute().parent.parent
+
+
+def refuse_other_inputs(config: Config, environment: Mapping[str, Any]) -> None:
     """Raise ConfigError, by name, where a run would go on with other data, model or template under the same paths."""
+    path = begun_in(config)
+    if path is None:
+        return
     try:
         before = json.loads((path / "environment.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -69,6 +85,35 @@ def refuse_other_inputs(path: Path, environment: Mapping[str, Any]) -> None:
             *(f"{what} changed since the run in {path} was begun" for what in changed),
             "Put it back as it was, or give this run a folder of its own with --run.output_dir",
         )
+
+
+def _checkpoints_in(path: Path) -> dict[int, Path]:
+    return {int(home.name[5:]): home for home in (path / "checkpoints").glob("step-*") if home.name[5:].isdigit()}
+
+
+def _refuse_resume(resume: str, path: Path) -> None:
+    """Raise ConfigError where checkpoints would come to stand in the way of each other, or there is none."""
+    own = _checkpoints_in(path)
+    elsewhere = "give this run a folder of its own with --run.output_dir"
+    if resume == "auto":
+        return
+    if resume == "never":
+        if own:
+            raise ConfigError(f"checkpoint.resume is never, but {path} holds checkpoints: {elsewhere}")
+        return
+    home = Path(resume)
+    if not (home / "manifest.json").is_file():
+        raise ConfigError(f"checkpoint.resume is {resume}, which is no checkpoint: auto, never, or a step-... folder")
+    newest = max(own, default=0)
+    if home.resolve() in [other.resolve() for other in own.values()] and own[newest].name != home.name:
+        raise ConfigError(
+            f"checkpoint.resume is {home}, but {own[newest]} is newer: move what is newer away, or {elsewhere}"
+        )
+
+
+def _ends(config: Config) -> tuple[Any, ...]:
+    """What decides when a run is over."""
+    return config.optim.epochs, config.optim.max_steps, config.checkpoint.stop_after_no_gain
 
 
 def _as_settled(config: Config, before: Config) -> Config:

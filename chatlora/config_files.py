@@ -47,8 +47,9 @@ def config_from_file(path: Path) -> Config:
     return config
 
 
-def write_config(config: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+def config_text(config: Config) -> str:
+    """The YAML that `config_from_file` reads back equal."""
+    return yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
 
 
 def help_text(usage: str) -> str:

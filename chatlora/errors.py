@@ -94,8 +94,11 @@ class SetAside(Exception):
         super().__init__(f"{reason} ({detail})" if detail else reason)
 
 
-class Stopped(Exception):
-    """A signal asked the process to stop; everything finished so far is on the disk."""
+class Stopped(BaseException):
+    """A signal asked the process to stop; everything finished so far is on the disk.
+
+    No Exception, like KeyboardInterrupt: it may be raised inside any library, and many go on after an Exception.
+    """
 
     exit_status = 75
 

@@ -2,22 +2,24 @@
 
 import json
 import math
+import mmap
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from filelock import FileLock
 
 from chatlora.config import Config
-from chatlora.config_files import write_config
+from chatlora.config_files import config_text
 from chatlora.errors import Stopped
 from chatlora.progress import TrainingProgress, clock
 
 LOG, VALIDATION = LOGS = ("log.jsonl", "validation.jsonl")
+BESIDE = ".part"  # ends the names of files that are being written
 
 State = Literal["running", "done", "stopped", "failed"]
 
@@ -31,6 +33,13 @@ class Counted(Protocol):
     def num_targets(self) -> int: ...
     @property
     def num_tokens(self) -> int: ...
+
+
+class Batches(Protocol):
+    """What is said of a run that goes on."""
+
+    def examples_before(self, step: int) -> int: ...
+    def epochs_before(self, step: int) -> float: ...
 
 
 class RunDirectory:
@@ -56,21 +65,22 @@ class RunDirectory:
     def describe(self, config: Config, environment: Mapping[str, Any], ledger: Mapping[str, Any]) -> None:
         """Write what the run is."""
         if self.writes:
-            write_config(config, self.path / "config.yaml")
+            for left_over in self.path.glob(f".*{BESIDE}"):  # of a process that was killed
+                left_over.unlink()
+            write_text(self.path / "config.yaml", config_text(config))
             write_json(self.path / "environment.json", environment)
             write_json(self.path / "ledger.json", ledger)
 
-    def go_on_from(self, step: int, num_steps: int) -> None:
+    def go_on_from(self, step: int, num_steps: int, batches: Batches) -> None:
         """Cut the logs back to the checkpoint, or empty them on a fresh run, and show the progress."""
         self.step = step
         if not self.writes:
             return
         for name in LOGS:
-            kept = [line for line in read_log(self.path / name) if line["step"] <= step]
-            write_text(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
+            cut_back(self.path / name, step)
         if step:
-            epoch = read_log(self.path / LOG)[-1]["epoch"]
-            self.say(f"going on after step {step} of {num_steps}, {epoch:.2f} epochs seen")
+            seen = f"{batches.examples_before(step):,} examples, {batches.epochs_before(step):.2f} epochs"
+            self.say(f"going on after step {step:,} of {num_steps:,}: {seen} are done")
         self.progress = TrainingProgress(num_steps, step)
         self.last_time = time.monotonic()
 
@@ -119,7 +129,7 @@ class RunDirectory:
     def best_step(self) -> int | None:
         """The step with the best validation loss so far, the earliest of equals."""
         lines = read_log(self.path / VALIDATION)
-        return int(min(lines, key=lambda line: float(line["loss"]))["step"]) if lines else None
+        return int(min(lines, key=lambda line: (math.isnan(line["loss"]), line["loss"]))["step"]) if lines else None
 
     def has_stalled(self, patience: int | None) -> bool:
         """Whether the last `patience` validations brought no better loss. Told from the log, as a resume does."""
@@ -136,6 +146,7 @@ class RunDirectory:
         for name in LOGS:
             with (self.path / name).open("a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
+        sync(self.path)
 
     def say(self, line: str) -> None:
         """A line on standard error, above the bar where there is one."""
@@ -146,25 +157,32 @@ class RunDirectory:
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
-        """status.json says how the block ended."""
-        self.set_status("running", "")
+        """status.json, the contract for scripts, says how the block ended: launchers turn 75 and 2 into 1."""
+        if self.writes:
+            self._tell("running", "")
         try:
             yield
         except Stopped as stop:
-            self.set_status("stopped", str(stop))
+            if self.writes and not self._has_failed():
+                self._tell("stopped", str(stop))
             raise
         except BaseException as error:
-            self.set_status("failed", str(error))
+            # Of all ranks, the first that fails says why: what follows on the others is its doing.
+            if self.path.is_dir() and not self._has_failed():
+                with suppress(OSError):  # a full disk does not hide the error that it caused
+                    self._tell("failed", str(error) or type(error).__name__)
             raise
         else:
-            self.set_status("done", self.summary() if self.writes else "")
+            if self.writes:
+                self._tell("done", self.summary())
         finally:
             self.close()
 
-    def set_status(self, state: State, message: str) -> None:
-        """status.json, the contract for scripts: launchers turn every non-zero exit status into 1."""
-        if self.writes:
-            write_json(self.path / "status.json", {"state": state, "step": self.step, "message": message})
+    def _tell(self, state: State, message: str) -> None:
+        write_json(self.path / "status.json", {"state": state, "step": self.step, "message": message})
+
+    def _has_failed(self) -> bool:
+        return read_status(self.path).get("state") == "failed"
 
     def summary(self) -> str:
         """A sentence on how the run went, from its log."""
@@ -200,9 +218,24 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Written beside and renamed: a reader sees the old file or the new one, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}{BESIDE}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -214,3 +247,27 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop a log's lines after `step` and what a kill left of one. Costs what is dropped, however long the log is."""
+    with path.open("a+b") as file:
+        if not file.tell():
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+            end = text.rfind(b"\n") + 1
+            while end:
+                start = text.rfind(b"\n", 0, end - 1) + 1
+                if _is_of(text[start:end], step):
+                    break
+                end = start
+        file.truncate(end)
+        os.fsync(file.fileno())
+
+
+def _is_of(line: bytes, step: int) -> bool:
+    """Whether it is a whole line of a step up to `step`. Where the power failed, the last ones may hold anything."""
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,26 @@ def smollm2() -> Path:
     from chatlora.model.demo import embedded_model
 
     return embedded_model("embedded:smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, 72 rows and my.yaml."""
+    from tests.worlds import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def run(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`run("--optim.epochs", "1")` trains in this process and returns the run directory."""
+    import train
+
+    monkeypatch.setenv("CHATLORA_CACHE", str(world / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+    def train_here(*flags: str, name: str = "run") -> Path:
+        train.main([str(world / "my.yaml"), "--run.output_dir", name, *flags])
+        return tmp_path / name
+
+    return train_here

@@ -22,51 +22,7 @@ from tests.tiny_models import tiny_llama
 from tests.tiny_tokenizers import tiny_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-CITIES = ["北京", "上海", "广州", "成都", "西安", "杭州", "London", "Paris", "Rome", "Cairo", "Lima", "Oslo"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model and 72 rows of conversations of one to three turns."""
-    folder = tmp_path_factory.mktemp("world")
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(folder / "model")
-    tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
-    rows = []
-    for number in range(72):
-        city = CITIES[number % len(CITIES)]
-        turns = [("user", f"{number}. Where is {city}?"), ("assistant", f"{city} is number {number}.")] * (
-            1 + number % 3
-        )
-        rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
-    (folder / "my.yaml").write_text(
-        f"model: {{name_or_path: {folder}/model}}\n"
-        f"lora: {{rank: 4, dropout: 0.1}}\n"
-        f"data: {{train: {folder}/rows.jsonl, validation: 0.1, max_length: 256}}\n"
-        "optim: {epochs: 2, global_batch_size: 16, max_tokens_per_micro_batch: 300, learning_rate: 5e-3}\n"
-        "checkpoint: {every_steps: 5}\n"
-        "run: {precision: fp32, cpu_threads: 1}\n",
-        encoding="utf-8",
-    )
-    return folder
-
-
 Run = Callable[..., Path]
-
-
-@pytest.fixture
-def run(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`run("--optim.epochs", "1")` trains and returns the run directory."""
-    monkeypatch.setenv("CHATLORA_CACHE", str(world / "cache"))
-    monkeypatch.chdir(tmp_path)
-
-    def train_here(*flags: str, name: str = "run") -> Path:
-        train.main([str(world / "my.yaml"), "--run.output_dir", name, *flags])
-        return tmp_path / name
-
-    return train_here
 
 
 def adapter_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -57,6 +57,14 @@ class GlobalBatches:
         """The last step of an epoch takes what is left, with its own divisor."""
         return math.ceil(len(self.lengths) / self.global_batch_size)
 
+    def examples_before(self, step: int) -> int:
+        """How many examples the steps before `step` took, over all epochs."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        return epoch * len(self.lengths) + step_in_epoch * self.global_batch_size
+
+    def epochs_before(self, step: int) -> float:
+        return self.examples_before(step) / len(self.lengths)
+
     def __getitem__(self, step: int) -> Batch:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         start = step_in_epoch * self.global_batch_size

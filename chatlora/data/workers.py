@@ -1,5 +1,6 @@
 """Conversations -> what rendering makes of them, in order: in this process, or in several where there are many rows."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from chatlora.errors import DataError, SetAside
 
 ROWS_PER_WORKER = 10_000  # with fewer, starting a worker (it imports and compiles for seconds) does not pay
 MAX_WORKERS = 16  # one process feeds them all
+PR_SET_PDEATHSIG = 1  # prctl(2)
 CHUNK = 64  # conversations handed over at a time
 CHUNKS_AHEAD = 8  # for each worker: it never waits for more, and memory holds no more
 
@@ -121,7 +123,12 @@ _work: list[Work] = []  # set once, when the process begins: a renderer is too l
 
 
 def _begin(work: Work) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and stops this one
+    """A signal to the whole group is for the parent, which ends this process; so does the parent's death."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _work.append(work)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from chatlora.config import Style
-from chatlora.errors import ChatLoraError
+from chatlora.errors import ChatLoraError, Stopped
 from chatlora.evaluation.metrics import Scores, score
 from chatlora.evaluation.predictions import Prediction, write_predictions
 from chatlora.run_directory import write_json
@@ -59,7 +59,7 @@ def summary(
 
 @contextmanager
 def told_in(folder: Path) -> Iterator[None]:
-    """status.json says how it stands: `running` within, then `done`, `failed` or, after Ctrl-C, `stopped`."""
+    """status.json says how it stands: `running` within, then `done`, `failed` or, after a signal, `stopped`."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def tell(state: str, message: str = "") -> None:
@@ -68,8 +68,8 @@ def told_in(folder: Path) -> Iterator[None]:
     tell("running")
     try:
         yield
-    except KeyboardInterrupt:
-        tell("stopped", "interrupted")
+    except (KeyboardInterrupt, Stopped) as stop:
+        tell("stopped", str(stop) or "interrupted")
         raise
     except BaseException as error:
         first = error.problems[0] if isinstance(error, ChatLoraError) else f"{type(error).__name__}: {error}"

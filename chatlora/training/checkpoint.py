@@ -11,7 +11,6 @@ Nothing in it is pickled, and nothing in it belongs to an engine or to a number 
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
@@ -24,11 +23,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from chatlora.errors import CheckpointError
+from chatlora.run_directory import sync
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MANIFEST, PROGRESS, ADAPTER, STATE = "manifest.json", "progress.json", "adapter.safetensors", "moments.safetensors"
-BEING_WRITTEN, BEING_DELETED = ".writing-", ".deleting-"
+SIGNED = (ADAPTER, STATE, PROGRESS)
 NAME = re.compile(r"step-(\d{6,})")
+BEING_WRITTEN, BEING_DELETED = ".writing-", ".deleting-"
+LEFT_OVER = re.compile(rf"\.(writing|deleting)-{NAME.pattern}")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -47,12 +49,30 @@ class Checkpoint:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def home_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps stands under `folder`."""
+    return folder / f"step-{step:06}"
+
+
+def step_of(home: Path) -> int:
+    return int(home.name.removeprefix("step-"))
+
+
+def published(folder: Path) -> list[Path]:
+    """The checkpoints under a folder, oldest first. Anything else in it is none of ours."""
+    found = [path for path in _folders(folder) if NAME.fullmatch(path.name) and home_of(folder, step_of(path)) == path]
+    return sorted(found, key=step_of)
+
+
+# ---- writing
+
+
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     """Publish a checkpoint under `folder`. It is there whole, or not at all, whenever the machine stops.
 
     Raises CheckpointError where the disk does not take it; what was published before stays as it is.
     """
-    home = folder / f"step-{checkpoint.step:06}"
+    home = home_of(folder, checkpoint.step)
     beside = folder / f"{BEING_WRITTEN}{home.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,16 +82,14 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         save_file(checkpoint.adapter, beside / ADAPTER)
         save_file(moments, beside / STATE)
         _write_json(beside / PROGRESS, {"step": checkpoint.step})
-        _write_json(
-            beside / MANIFEST, {"files": {name: _signature(beside / name) for name in (ADAPTER, STATE, PROGRESS)}}
-        )
+        _write_json(beside / MANIFEST, {"files": {name: _signature(beside / name) for name in SIGNED}})
         for path in beside.iterdir():
-            _sync(path)
-        _sync(beside)
-        if home.exists():  # a broken one of the same step, or one that is written again
+            sync(path)
+        sync(beside)
+        if home.exists():  # a broken one: a run goes on from the newest good one, so that none of those is in its way
             _delete(home)
         beside.rename(home)
-        _sync(folder)
+        sync(folder)
     # torch and safetensors wrap a full disk in errors of their own.
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
@@ -83,70 +101,35 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     return home
 
 
-def read_checkpoint(home: Path) -> Checkpoint:
-    """A verified checkpoint. Raises CheckpointError that names what is wrong with it."""
-    fault = why_broken(home)
-    if fault:
-        raise CheckpointError(f"{home} is broken: {fault}")
-    tensors = load_file(home / STATE)
-    moments: dict[str, Tensors] = {kind: {} for kind in MOMENTS}
-    for name, tensor in tensors.items():
-        kind, _, parameter = name.partition(".")
-        moments[kind][parameter] = tensor
-    return Checkpoint(_step_in(home), load_file(home / ADAPTER), moments)
-
-
-def why_broken(home: Path) -> str | None:
-    """None if every file of the checkpoint is what its manifest says, else what is not."""
-    try:
-        files = json.loads((home / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {name: (signed["bytes"], signed["sha256"]) for name, signed in files.items()}
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"its {MANIFEST} cannot be read"
-    if set(expected) != {ADAPTER, STATE, PROGRESS}:
-        return f"its {MANIFEST} does not list the files of a checkpoint"
-    for name, signature in expected.items():
-        if not (home / name).is_file():
-            return f"{name} is missing"
-        found = _signature(home / name)
-        if (found["bytes"], found["sha256"]) != signature:
-            return f"{name} is not what {MANIFEST} says ({found['bytes']:,} bytes, {signature[0]:,} were written)"
-    if _step_in(home) != int(home.name.removeprefix("step-")):
-        return f"{PROGRESS} tells another step than the folder's name"
-    return None
-
-
-def newest_verified(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files are whole; a broken one is named and passed over."""
-    for home in reversed(published(folder)):
-        fault = why_broken(home)
-        if fault is None:
-            return home
-        say(f"{home} is passed over: {fault}")
-    return None
-
-
-def published(folder: Path) -> list[Path]:
-    """The checkpoints under a folder, oldest first. Anything else in it is none of ours."""
-    found = [path for path in _entries(folder) if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
 def rotate(folder: Path, *, keep_last: int, keep: Collection[int]) -> None:
     """Delete all but the last `keep_last` checkpoints and the steps in `keep`. The newest always stays."""
     homes = published(folder)
     for home in homes[: max(0, len(homes) - max(1, keep_last))]:
-        if int(home.name.removeprefix("step-")) not in keep:
+        if step_of(home) not in keep:
             _delete(home)
 
 
 def sweep(folder: Path) -> None:
     """Clear away what a killed process left half written or half deleted."""
-    for path in _entries(folder):
-        if path.name.startswith((BEING_WRITTEN, BEING_DELETED)) and NAME.search(path.name):
+    for path in list(_folders(folder)):
+        if LEFT_OVER.fullmatch(path.name):
             shutil.rmtree(path)
+
+
+def refuse_full_disk(folder: Path, adapter_parameters: int, keep_last: int) -> None:
+    """Raise CheckpointError where the disk cannot hold what a run will write.
+
+    At most at once: the kept checkpoints, the best one and the one being written, of three fp32 numbers a parameter,
+    and two adapters. What a run that goes on has written already makes room when it is rotated.
+    """
+    needed = 4 * adapter_parameters * (3 * (keep_last + 2) + 2)
+    written = sum(path.stat().st_size for home in published(folder) for path in home.iterdir())
+    free = _free_bytes(folder)
+    if free + written < needed:
+        raise CheckpointError(
+            f"this run will write up to {needed - written:,} bytes of checkpoints and adapters, but {free:,} are free "
+            f"at {folder}: free some space, or lower checkpoint.keep_last or lora.rank"
+        )
 
 
 def _delete(home: Path) -> None:
@@ -157,12 +140,66 @@ def _delete(home: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _entries(folder: Path) -> Iterator[Path]:
-    return folder.iterdir() if folder.is_dir() else iter(())
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _step_in(home: Path) -> int:
-    return int(json.loads((home / PROGRESS).read_text(encoding="utf-8"))["step"])
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+# ---- reading
+
+
+def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint whose files are whole; a broken one is named and passed over."""
+    for home in reversed(published(folder)):
+        try:
+            return read_checkpoint(home)
+        except CheckpointError as error:
+            say(f"passed over: {error.problems[0]}")
+    return None
+
+
+def read_checkpoint(home: Path) -> Checkpoint:
+    """A verified checkpoint. Raises CheckpointError that names what is wrong with it."""
+    fault = why_broken(home)
+    if fault:
+        raise CheckpointError(f"{home} is broken: {fault}")
+    moments: dict[str, Tensors] = {kind: {} for kind in MOMENTS}
+    try:
+        adapter = load_file(home / ADAPTER)
+        for name, tensor in load_file(home / STATE).items():
+            kind, _, parameter = name.partition(".")
+            moments[kind][parameter] = tensor
+        step = int(json.loads((home / PROGRESS).read_text(encoding="utf-8"))["step"])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{home} is broken: it was not written by this program ({error})") from error
+    if not all(tensors.keys() == adapter.keys() for tensors in moments.values()) or step != step_of(home):
+        raise CheckpointError(f"{home} is broken: its files do not belong together")
+    return Checkpoint(step, adapter, moments)
+
+
+def why_broken(home: Path) -> str | None:
+    """None if every file of the checkpoint is what its manifest says, else what is not."""
+    try:
+        files = json.loads((home / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {name: (int(signed["bytes"]), signed["sha256"]) for name, signed in files.items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MANIFEST} cannot be read"
+    if set(expected) != set(SIGNED):
+        return f"its {MANIFEST} does not list the files of a checkpoint"
+    for name, signature in expected.items():
+        if not (home / name).is_file():
+            return f"{name} is missing"
+        found = _signature(home / name)
+        if (found["bytes"], found["sha256"]) != signature:
+            return f"{name} is not what {MANIFEST} says ({found['bytes']:,} bytes, {signature[0]:,} were written)"
+    return None
 
 
 def _signature(path: Path) -> dict[str, Any]:
@@ -170,35 +207,7 @@ def _signature(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    """Wait until the file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def refuse_full_disk(folder: Path, adapter_parameters: int, keep_last: int) -> None:
-    """Raise CheckpointError where the disk cannot hold what a run will write.
-
-    At most at once: the kept checkpoints, the best one and the one being written, of three fp32 numbers a parameter,
-    and two adapters.
-    """
-    needed = 4 * adapter_parameters * (3 * (keep_last + 2) + 2)
-    free = _free_bytes(folder)
-    if free < needed:
-        raise CheckpointError(
-            f"this run will write up to {needed:,} bytes of checkpoints and adapters, but {free:,} are free at "
-            f"{folder}: free some space, or lower checkpoint.keep_last or lora.rank"
-        )
-
-
-def _free_bytes(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+def _folders(folder: Path) -> Iterator[Path]:
+    """What is really a folder in `folder`: no file, no link."""
+    if folder.is_dir():
+        yield from (path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())

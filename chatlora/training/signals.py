@@ -36,18 +36,22 @@ class StopSignals:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Within, a signal only sets `requested`."""
+        """Within, a signal only sets `requested`; one that came too late to be obeyed is obeyed at the end."""
         self.noted_only = True
         try:
             yield
         finally:
             self.noted_only = False
+        if self.requested:
+            raise Stopped("stopped after the last step, which is saved: the same command puts the adapter away")
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.requested = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one leaves at once
+        if self.requested:  # launchers repeat themselves; what the first signal began is not to be interrupted
+            return
+        self.requested = True
         name = signal.Signals(number).name
         if not self.noted_only:
             raise Stopped(f"stopped on {name}")

@@ -35,7 +35,7 @@ from chatlora.model.lora import add_lora, describe_lora, save_adapter, trainable
 from chatlora.model.loss import TargetLoss
 from chatlora.run_directory import RunDirectory
 from chatlora.training.card import model_card
-from chatlora.training.checkpoint import published, read_checkpoint, refuse_full_disk
+from chatlora.training.checkpoint import home_of, read_checkpoint, refuse_full_disk, why_broken
 from chatlora.training.runtime import Runtime
 from chatlora.training.timetable import Timetable
 
@@ -129,9 +129,8 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
         f"at most {runtime.token_budget:,} tokens a micro-batch"
     )
     facts = environment(runtime, renderer, data, identity)
-    if runtime.is_main and published(run.checkpoints):
-        refuse_other_inputs(run.path, facts)
     if runtime.is_main:
+        refuse_other_inputs(config, facts)
         size = sum(parameter.numel() for parameter in trainable(adapted).values())
         refuse_full_disk(run.checkpoints, size, config.checkpoint.keep_last)
     run.describe(config, facts, data.ledger)
@@ -172,8 +171,12 @@ def put_away(actors: Actors, run: RunDirectory) -> None:
     run.say(f"the adapter is in {run.adapter}")
     best = run.best_step()
     if best is not None and actors.config.checkpoint.keep_best:
-        best_checkpoint = read_checkpoint(run.checkpoints / f"step-{best:06}")
-        export(actors, run, best_checkpoint.adapter, run.path / "adapter-best")
+        home = home_of(run.checkpoints, best)
+        fault = why_broken(home)
+        if fault:
+            run.say(f"there is no adapter-best: {home} is broken: {fault}")
+            return
+        export(actors, run, read_checkpoint(home).adapter, run.path / "adapter-best")
         run.say(f"the adapter with the best validation loss, of step {best}, is in {run.path / 'adapter-best'}")
 
 

@@ -17,8 +17,7 @@ from chatlora.training.checkpoint import (
     MOMENTS,
     Checkpoint,
     Tensors,
-    newest_verified,
-    published,
+    newest_checkpoint,
     read_checkpoint,
     rotate,
     sweep,
@@ -35,10 +34,14 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Publish the state after `done` steps, then let go of what is not kept: never the newest, nor the best."""
+    """Publish the state after `done` steps."""
     state = gather(runtime, model, optimizer, done)
-    if not runtime.is_main:
-        return
+    if runtime.is_main:
+        publish(checkpoint, run, state)
+
+
+def publish(checkpoint: CheckpointConfig, run: RunDirectory, state: Checkpoint) -> None:
+    """Write a checkpoint, then let go of those that are not kept: never the newest, nor the best. For rank 0 alone."""
     run.sync_logs()  # the log is never behind the checkpoint
     write_checkpoint(run.checkpoints, state)
     best = run.best_step() if checkpoint.keep_best else None
@@ -74,7 +77,9 @@ def gather(runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer,
     for name, parameter in adapter_parameters(runtime, model).items():
         adapter[name] = parameter.detach().to("cpu", copy=True)
         for kind in MOMENTS:
-            moments[kind][name] = optimizer.state[parameter][kind].to("cpu", copy=True)
+            # AdamW makes moments at a parameter's first gradient; a layer that no batch reaches never has one.
+            moment = optimizer.state[parameter].get(kind)
+            moments[kind][name] = torch.zeros(parameter.shape) if moment is None else moment.to("cpu", copy=True)
     return Checkpoint(step, adapter, moments)
 
 
@@ -84,7 +89,8 @@ def _scatter(
 ) -> None:
     """Rank 0's state onto every rank, one tensor at a time."""
     parameters = adapter_parameters(runtime, model)
-    if state is not None and set(state.adapter) != set(parameters):
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    if state is not None and {name: tensor.shape for name, tensor in state.adapter.items()} != shapes:
         raise CheckpointError(f"the checkpoint of step {step} holds another adapter than this configuration makes")
     for name, parameter in parameters.items():
         parameter.copy_(runtime.spread(parameter, None if state is None else state.adapter[name]))
@@ -96,15 +102,10 @@ def _scatter(
 
 
 def _find(resume: str, run: RunDirectory) -> Checkpoint | None:
-    """What `checkpoint.resume` asks for."""
+    """What `checkpoint.resume` asks for. A checkpoint of another run is where this one begins: its own come first."""
     sweep(run.checkpoints)
-    if resume not in ("auto", "never"):
-        return read_checkpoint(Path(resume))
-    if resume == "never":
-        if published(run.checkpoints):
-            raise CheckpointError(
-                f"checkpoint.resume is never, but {run.checkpoints} holds checkpoints: give another --run.output_dir"
-            )
-        return None
-    home = newest_verified(run.checkpoints, run.say)
-    return None if home is None else read_checkpoint(home)
+    named = None if resume in ("auto", "never") else Path(resume)
+    if named is not None and named.resolve().parent == run.checkpoints.resolve():
+        return read_checkpoint(named)
+    found = newest_checkpoint(run.checkpoints, run.say)
+    return read_checkpoint(named) if found is None and named is not None else found

@@ -1,0 +1,225 @@
+"""Training processes by the hundred: one server imports everything once and forks a process for each run.
+
+    with ForkServer(log) as server:
+        pids = server.start(["my.yaml"], cwd, ranks=2)
+        statuses = server.wait(pids)
+
+A run is the real one, in a process of its own that can be killed or signalled. `at` lets the process send itself a
+signal when it enters a function for the n-th time, so that the moment is exact: `At("SIGTERM", PLACE, 3)`.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DEADLINE = 120.0  # seconds; a process that runs longer is killed, and its status says so
+
+
+class At(NamedTuple):
+    """On entering `place` ("module:Class.function") for the `call`-th time, signal oneself, or only the rank named."""
+
+    signal: str
+    place: str
+    call: int = 1
+    rank: int | None = None
+
+
+class ForkServer:
+    """`environment` is what all its processes have in common."""
+
+    def __init__(self, log: Path, **environment: str) -> None:
+        self.log = log
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+            variables.pop(name, None)
+        command = [sys.executable, "-m", "tests.fork_server"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process: subprocess.Popen[str] = subprocess.Popen(command, cwd=REPOSITORY, env=variables, **pipes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+    def start(
+        self,
+        argv: Sequence[str],
+        cwd: Path,
+        *,
+        ranks: int = 1,
+        script: str = "train",
+        at: At | None = None,
+        trace: Path | None = None,
+    ) -> list[int]:
+        """The process ids of the ranks. trace: a folder in which each rank notes the examples of each micro-batch."""
+        port = _free_port()
+        request = {"argv": list(argv), "cwd": str(cwd), "script": script, "at": at, "log": str(self.log)}
+        request["trace"] = None if trace is None else str(trace)
+        return [self._ask({**request, "rank": rank, "ranks": ranks, "port": port}) for rank in range(ranks)]
+
+    def wait(self, pids: Sequence[int], deadline: float = DEADLINE) -> list[int]:
+        """Exit statuses; the negative number of the signal where one ended it."""
+        return [self._ask({"wait": pid, "deadline": deadline}) for pid in pids]
+
+    def run(self, argv: Sequence[str], cwd: Path, **options: Any) -> list[int]:
+        return self.wait(self.start(argv, cwd, **options))
+
+    def _ask(self, request: dict[str, Any]) -> int:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer, f"the fork server died of {request}: see {self.log}"
+        return int(answer)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# ---- in the server
+
+
+def serve() -> None:
+    warm()
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = reap(request) if "wait" in request else launch(request)
+        print(answer, file=answers, flush=True)
+
+
+def warm() -> None:
+    """Import what a run imports late, too: PEFT's tables, pyarrow's pandas, generation."""
+    import pandas  # noqa: F401
+    import peft
+    import pyarrow.compute
+    import transformers
+
+    import chatlora.evaluation.stage
+    import chatlora.training.stage
+    import chatlora.training.state
+    import evaluate
+    import train
+
+    del chatlora, evaluate, pyarrow, train
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.LlamaConfig(vocab_size=8, **shape)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    transformers.AutoTokenizer  # noqa: B018  a lazy import
+
+
+def launch(request: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            status = play(request)
+        except SystemExit as leaving:
+            status = int(leaving.code or 0)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return pid
+
+
+def play(request: dict[str, Any]) -> int:
+    """One rank of one run."""
+    import ctypes
+    import importlib
+
+    from chatlora.errors import run_as_script
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no run outlives the tests
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(request["cwd"])
+    if request["ranks"] > 1:
+        rank, ranks = str(request["rank"]), str(request["ranks"])
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request["port"])}
+    if request["trace"]:
+        note_examples(Path(request["trace"]) / f"rank-{request['rank']}.jsonl")
+    if request["at"]:
+        at = At(*request["at"])
+        if at.rank in (None, request["rank"]):
+            arm(at)
+    sys.argv = [request["script"], *request["argv"]]
+    print(f"---- {request}", file=sys.stderr, flush=True)
+    run_as_script(importlib.import_module(request["script"]).main)
+    return 0
+
+
+def arm(at: At) -> None:
+    """The real function, entered by a process that signals itself first."""
+    import functools
+    import importlib
+
+    module, _, path = at.place.partition(":")
+    *owners, name = path.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    entered, calls = getattr(owner, name), []
+
+    @functools.wraps(entered)
+    def signalled(*arguments: Any, **options: Any) -> Any:
+        calls.append(None)
+        if len(calls) == at.call:
+            os.kill(os.getpid(), getattr(signal, at.signal))
+        return entered(*arguments, **options)
+
+    setattr(owner, name, signalled)
+
+
+def note_examples(path: Path) -> None:
+    """A line for each micro-batch that is trained on: [step, micro-batch, examples]."""
+    from chatlora.data.dataset import ExampleSet
+    from chatlora.training.runtime import Runtime
+
+    fetch, seed_draws, fetched = ExampleSet.fetch, Runtime.seed_draws, []
+
+    def noting(examples: ExampleSet, indices: Any) -> Any:
+        fetched.append([int(index) for index in indices])
+        return fetch(examples, indices)
+
+    def seeding(runtime: Runtime, seed: int, step: int, micro_batch: int) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([step, micro_batch, fetched[-1]]) + "\n")
+        seed_draws(runtime, seed, step, micro_batch)
+
+    ExampleSet.fetch, Runtime.seed_draws = noting, seeding  # type: ignore[method-assign]
+
+
+def reap(request: dict[str, Any]) -> int:
+    end = time.monotonic() + request["deadline"]
+    while True:
+        pid, status = os.waitpid(request["wait"], os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            os.kill(request["wait"], signal.SIGKILL)
+        time.sleep(0.002)
+
+
+if __name__ == "__main__":
+    serve()
