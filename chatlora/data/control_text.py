@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,8 @@ class ControlText:
         }
         self.unknown_id: int | None = tokenizer.unk_token_id  # also what text becomes that no token spells
         self._serialized = serialized
-        self._words = _Words(tuple(self.spellings.values()))
+        whole = {token.content for token in tokenizer.added_tokens_decoder.values() if token.single_word}
+        self._words = _Words(tuple(self.spellings.values()), whole)
         self._plain = _plain_copy(json.loads(serialized))
         self._tails: dict[str, list[int]] = {}
 
@@ -166,22 +167,40 @@ class ControlText:
 
 
 class _Words:
-    """Finds added tokens in text, fast where there are none: tables by length, behind a search for first letters."""
+    """Finds added tokens in text, fast where there are none: tables by length, behind a search for first letters.
 
-    def __init__(self, words: Sequence[str]) -> None:
+    `whole` are those that the tokenizer takes only where no letter, digit or underscore touches them (`single_word`).
+    """
+
+    def __init__(self, words: Sequence[str], whole: Set[str] = frozenset()) -> None:
         self.words = frozenset(words)
+        self.whole = frozenset(whole)
         self.lengths = sorted({len(word) for word in words}, reverse=True)
-        self.prefixes = frozenset(word[:size] for word in words for size in range(1, len(word)))
-        self.suffixes = frozenset(word[-size:] for word in words for size in range(1, len(word)))
+        self.prefixes, self.whole_prefixes = (
+            frozenset(word[:size] for word in some for size in range(1, len(word))) for some in self._two_kinds()
+        )
+        self.suffixes, self.whole_suffixes = (
+            frozenset(word[-size:] for word in some for size in range(1, len(word))) for some in self._two_kinds()
+        )
         self.longest = max(self.lengths, default=0)
         self.opens = _any_of({word[0] for word in words})
         self.closes = _any_of({word[-1] for word in words})
 
     def first(self, text: str) -> int | None:
         for opening in self.opens.finditer(text):
-            if any(text[opening.start() : opening.start() + size] in self.words for size in self.lengths):
+            if any(self._stands(text, opening.start(), opening.start() + size) for size in self.lengths):
                 return opening.start()
         return None
+
+    def _two_kinds(self) -> tuple[Set[str], Set[str]]:
+        return self.words - self.whole, self.words & self.whole
+
+    def _stands(self, text: str, start: int, end: int) -> bool:
+        """Whether the tokenizer would take text[start:end] for one of its added tokens."""
+        found = text[start:end]
+        if found not in self.words:
+            return False
+        return found not in self.whole or not (_is_word(text[max(0, start - 1) : start]) or _is_word(text[end : end + 1]))
 
     def mask(self, text: str) -> str:
         if not text.isascii():
@@ -203,18 +222,32 @@ class _Words:
         for opening in self.opens.finditer(text):
             start = opening.start()
             for size in self.lengths:
-                if text[start : start + size] in self.words:
+                if self._stands(text, start, start + size):
                     yield start, start + size
                     break
         reach = self.longest - 1
         if reach > 0 and self.closes.search(text, 0, reach):
-            size = next((size for size in range(min(reach, len(text)), 0, -1) if text[:size] in self.suffixes), 0)
+            size = next((size for size in range(min(reach, len(text)), 0, -1) if self._is_end(text, size)), 0)
             if size:
                 yield 0, size
         if reach > 0 and self.opens.search(text, max(0, len(text) - reach)):
-            size = next((size for size in range(min(reach, len(text)), 0, -1) if text[-size:] in self.prefixes), 0)
+            size = next((size for size in range(min(reach, len(text)), 0, -1) if self._is_beginning(text, size)), 0)
             if size:
                 yield len(text) - size, len(text)
+
+    def _is_end(self, text: str, size: int) -> bool:
+        """Whether the first `size` characters could be the end of an added token that the template begins."""
+        part = text[:size]
+        return part in self.suffixes or (part in self.whole_suffixes and not _is_word(text[size : size + 1]))
+
+    def _is_beginning(self, text: str, size: int) -> bool:
+        part = text[-size:]
+        return part in self.prefixes or (part in self.whole_prefixes and not _is_word(text[-size - 1 : -size]))
+
+
+def _is_word(character: str) -> bool:
+    # A little less than the tokenizer's own \w, so that in doubt text is masked.
+    return character.isalpha() or character.isdecimal() or character == "_"
 
 
 def _any_of(characters: set[str]) -> re.Pattern[str]:
