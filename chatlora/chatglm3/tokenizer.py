@@ -12,6 +12,7 @@ How the control tokens are added, and why:
 - `</s>`, `<s>` and `<unk>` decode to nothing, as in the original, whose metrics count every word of the decoded text.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,7 +110,7 @@ def _unlike_chatglm3(model: SentencePieceModel) -> list[str]:
     if kinds[:3] != [UNKNOWN, CONTROL, CONTROL] or not set(kinds[3:]) <= {NORMAL, BYTE}:
         problems.append("its control pieces are not <unk>, <s> and </s> alone")
     scores = [piece.score for piece in model.pieces if piece.kind == NORMAL]
-    if any(score <= following for score, following in zip(scores, scores[1:], strict=False)):
+    if any(score <= following for score, following in itertools.pairwise(scores)):
         problems.append("its pieces do not stand in the order in which they are merged")
     return problems
 

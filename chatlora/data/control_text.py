@@ -200,7 +200,9 @@ class _Words:
         found = text[start:end]
         if found not in self.words:
             return False
-        return found not in self.whole or not (_is_word(text[max(0, start - 1) : start]) or _is_word(text[end : end + 1]))
+        return found not in self.whole or not (
+            _is_word(text[max(0, start - 1) : start]) or _is_word(text[end : end + 1])
+        )
 
     def mask(self, text: str) -> str:
         if not text.isascii():

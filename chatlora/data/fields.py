@@ -112,7 +112,10 @@ def read_arguments(value: Any, path: str, problems: list[str]) -> Any:
 
 
 def read_tools(value: Any, path: str, problems: list[str]) -> tuple[dict[str, Any], ...]:
-    """The tools on offer as JSON schemas in OpenAI's form `{type: function, function: {name, ...}}`."""
+    """The tools on offer as JSON schemas in OpenAI's form `{type: function, function: {name, ...}}`.
+
+    A tool that is told in words, as ChatGLM3's data may, is `{type: text, text: ...}`.
+    """
     if isinstance(value, str) and value.strip():
         value = parse_json(value, path, problems)
     if value is None or value == "" or value == []:
@@ -247,6 +250,8 @@ def _read_call_with_result(
 
 
 def _read_tool(tool: Any, path: str, problems: list[str]) -> dict[str, Any] | None:
+    if isinstance(tool, str) and tool.strip():
+        return {"type": "text", "text": tool} if _is_text(tool, path, problems) else None
     function = tool.get("function", tool) if isinstance(tool, Mapping) else tool
     if not isinstance(function, Mapping):
         problems.append(f"{path} is {described(tool)}, not a tool with name, description and parameters")

@@ -15,6 +15,8 @@ from chatlora.errors import SetAside
 DROPS = "the chat template drops "
 TEXT, REASONING, CALLS, TOOLS = "the reply's text", "reasoning", "tool calls", "the tools on offer"
 
+STAND_IN = "w918272w"  # for the text of a message, where no text may hold it by accident
+
 Part = tuple[str, str | int | float | bool | None]  # what it is called in a reason, and its value
 
 
@@ -45,7 +47,7 @@ def check_prompt(prompt: str, messages: Sequence[Mapping[str, Any]], tools: Sequ
 
     Raises SetAside naming what was dropped.
     """
-    end_of_parts(prompt, ((TOOLS, tool.get("function", tool).get("name", "")) for tool in tools))
+    end_of_parts(prompt, ((TOOLS, tool.get("function", tool).get(_told_by(tool), "")) for tool in tools))
     for message in messages:
         if message["role"] == "assistant":
             end_of_parts(prompt, (part for part in reply_parts(message) if part[0] != REASONING))
@@ -87,7 +89,7 @@ class Witness:
         return [
             {**tool, "function": {**tool["function"], "name": self._stand_in(TOOLS, "")}}
             if "function" in tool
-            else {**tool, "name": self._stand_in(TOOLS, "")}
+            else {**tool, _told_by(tool): self._stand_in(TOOLS, "")}
             for tool in tools
         ]
 
@@ -105,6 +107,11 @@ class Witness:
         stand_in = f"w{number}w" if isinstance(like, str) else number if isinstance(like, int) else number + 0.5
         self.parts.append((kind, stand_in))
         return stand_in
+
+
+def _told_by(tool: Mapping[str, Any]) -> str:
+    """The field that tells what the tool is."""
+    return "text" if tool.get("type") == "text" else "name"
 
 
 def _leaves(value: Any) -> Iterator[Any]:

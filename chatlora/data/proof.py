@@ -25,6 +25,8 @@ CONTROL = FAILED + "the control tokens are not the template's"
 CANNOT_SPELL = "the tokenizer cannot spell the text"
 BOS = FAILED + "more than one beginning-of-sequence token"
 
+Stretch = tuple[str, str, tuple[int, ...]]  # a prompt, what must be generated after it, and the messages that this is
+
 
 class Proof:
     """What a proof needs of tokenizer and template; built once, used for every example."""
@@ -55,21 +57,24 @@ class Proof:
         stand where the template put them and nowhere else; there is at most one BOS.
         """
         stretches = _stretches(ids, labels)
-        if len(stretches) != len(turns):
-            raise SetAside(STRETCHES, f"{len(stretches)} for {len(turns)} turns")
+        joined = _joined(turns)
+        if len(stretches) != len(joined):
+            raise SetAside(STRETCHES, f"{len(stretches)} for {len(joined)} of {len(turns)} turns")
         messages = conversation.as_template_input()
         done, seen = 0, 0
-        for (start, end), turn in zip(stretches, turns, strict=True):
-            self._prove_prompt(ids, done, start, turn.prompt, seen)
-            self._prove_reply(ids[start:end], messages[turn.index], turn)
-            done, seen = end, len(turn.prompt) + len(turn.reply)
+        for (start, end), (prompt, reply, indices) in zip(stretches, joined, strict=True):
+            self._prove_prompt(ids, done, start, prompt, seen)
+            self._prove_reply(ids[start:end], [messages[index] for index in indices], reply)
+            if ids[end - 1] not in self.stop_ids and not self._opens_next(ids[end - 1], indices[-1], messages):
+                raise SetAside(STOP)
+            done, seen = end, len(prompt) + len(reply)
         bos = self.tokenizer.bos_token_id
         if bos is not None and list(ids[:2]) == [bos, bos]:
             raise SetAside(BOS)
         start, end = stretches[-1]
         if is_masked(turns[-1].prompt) or is_masked(turns[-1].reply):
             self._prove_controls(ids[:end], turns[-1])
-        elif list(ids[:start]) != self._inference_ids(messages, conversation.tools, turns[-1]):
+        elif list(ids[:start]) != self._inference_ids(messages, conversation.tools, joined[-1]):
             raise SetAside(PROMPT)
 
     def _prove_prompt(self, ids: Sequence[int], done: int, start: int, prompt: str, seen: int) -> None:
@@ -87,13 +92,19 @@ class Proof:
         if position < 0 or (not is_masked(tail) and self._canonical_tails(tail) != tuple(ids[last:start])):
             raise SetAside(PROMPT)
 
-    def _prove_reply(self, targets: Sequence[int], message: dict[str, Any], turn: Turn) -> None:
-        spelled, reply = self._spelled(targets), unmask(turn.reply)
+    def _prove_reply(self, targets: Sequence[int], messages: Sequence[dict[str, Any]], masked: str) -> None:
+        spelled, reply = self._spelled(targets), unmask(masked)
         if not self._same(spelled, reply):
             raise SetAside(REPLY if self._can_spell(reply) else CANNOT_SPELL)
-        if targets[-1] not in self.stop_ids:
-            raise SetAside(STOP)
-        end_of_parts(self._normalized(spelled), reply_parts(self._normalized(message)))
+        for message in messages:
+            try:
+                end_of_parts(spelled, reply_parts(message))
+            except SetAside:  # a normalizer may change the text; it may also put a space before each part of it
+                end_of_parts(self._normalized(spelled), reply_parts(self._normalized(message)))
+
+    def _opens_next(self, id: int, index: int, messages: Sequence[dict[str, Any]]) -> bool:
+        """Whether a control token may be the role of the message after `messages[index]`: the GLM family's stop."""
+        return id in self.spellings and index + 1 < len(messages)
 
     def _prove_controls(self, ids: Sequence[int], turn: Turn) -> None:
         """The control tokens are those that the untouched tokenizer finds where the messages' text is masked."""
@@ -103,12 +114,16 @@ class Proof:
         if [id for id in encoded.ids if id in controls] != [id for id in ids if id in controls]:
             raise SetAside(CONTROL)
 
-    def _inference_ids(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]], turn: Turn) -> list[int]:
-        """What transformers gives for the messages in front of the turn."""
-        if self.dated:
-            return list(self._canonical(turn.prompt))
+    def _inference_ids(
+        self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]], stretch: Stretch
+    ) -> list[int]:
+        """What transformers gives for the messages in front of the stretch."""
+        prompt, _, (index, *_) = stretch
+        # transformers takes no empty conversation, and has no generation prompt for what a tool says.
+        if self.dated or index == 0 or messages[index]["role"] != "assistant":
+            return list(self._canonical(prompt))
         ids: list[int] = self.tokenizer.apply_chat_template(
-            messages[: turn.index],
+            messages[:index],
             tools=list(tools) or None,
             chat_template=self.template.text,
             add_generation_prompt=True,
@@ -161,6 +176,18 @@ class Proof:
 
     def _canonical(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _joined(turns: Sequence[Turn]) -> list[Stretch]:
+    """The turns as they stand in the labels: those that follow each other without a gap are one stretch there."""
+    joined: list[Stretch] = []
+    for turn in turns:
+        prompt, reply, indices = joined[-1] if joined else ("", "", ())
+        if joined and turn.prompt == prompt + reply:
+            joined[-1] = (prompt, reply + turn.reply, (*indices, turn.index))
+        else:
+            joined.append((turn.prompt, turn.reply, (turn.index,)))
+    return joined
 
 
 def _stretches(ids: Sequence[int], labels: Sequence[int]) -> list[tuple[int, int]]:

@@ -37,7 +37,7 @@ from chatlora.data.examples import (
 )
 from chatlora.data.proof import Proof
 from chatlora.data.template import ChatTemplate, chat_template_of, resolve_template_kwargs, template_messages
-from chatlora.data.turns import StopTokens, Turn, check_context, read_turn, targets
+from chatlora.data.turns import NO_TARGET, StopTokens, Turn, check_context, read_told, read_turn, targets
 from chatlora.errors import SetAside
 
 __all__ = [
@@ -142,7 +142,7 @@ class Renderer:
         messages, tools = self._masked(conversation)
         order = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
         examples, set_aside, cut = [], [], 0
-        for index in targets(conversation, supervise):
+        for index in self._assistant_targets(conversation, supervise):
             turn = read_turn(self._template, self._stops, messages[: index + 1], tools, index, None)
             check_context(self._template, messages, tools, turn)
             draft = self._draft_alone(turn)
@@ -191,10 +191,21 @@ class Renderer:
         indices = targets(conversation, supervise)
         messages, tools = self._masked(conversation)
         full = self._template.render(messages, tools, prompt=False)
-        turns = [read_turn(self._template, self._stops, messages, tools, index, full) for index in indices]
+        turns = []
+        for index in indices:
+            read = read_turn if conversation.messages[index].role == "assistant" else read_told
+            turns.append(read(self._template, self._stops, messages, tools, index, full))
         for turn in (turns[0], turns[-1]) if len(turns) > 1 else turns:
             check_context(self._template, messages, tools, turn)
         return full, turns
+
+    def _assistant_targets(self, conversation: Conversation, supervise: Supervise) -> list[int]:
+        """Those that a model answers: what a tool said may be learned, but is asked of no model."""
+        chosen = targets(conversation, supervise)
+        answers = [index for index in chosen if conversation.messages[index].role == "assistant"]
+        if not answers:
+            raise SetAside(NO_TARGET)
+        return answers
 
     # ---- ids
 

@@ -1,7 +1,9 @@
-"""Which stretch of a rendered conversation each assistant turn is. Text only: nothing is tokenised here.
+"""Which stretch of a rendered conversation each turn to be learned is. Text only: nothing is tokenised here.
 
 A turn's prompt is what the template renders for the messages before it with the generation prompt; its reply is what
 the template renders after that, up to the token that stops generation. Both hold masked text (control_text.py).
+A tool's message is learned only where it says `loss: true`: no generation prompt leads to it, so its stretch begins
+where its text does (or, where its role's token is what stops the turn before, right behind that token).
 """
 
 import re
@@ -10,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from chatlora.data.conversation import Conversation
-from chatlora.data.parts import Witness, check_prompt, end_of_parts, reply_parts
+from chatlora.data.parts import DROPS, STAND_IN, Witness, check_prompt, end_of_parts, reply_parts
 from chatlora.data.template import ChatTemplate
 from chatlora.errors import SetAside
 
@@ -41,6 +43,7 @@ class StopTokens:
         numbers = {spelling: id for id, spelling in spellings.items()}
         self.ids = tuple(dict.fromkeys([*given, *(numbers[spelling] for spelling in shown)]))
         self._any = _any_of([spellings[id] for id in self.ids if id in spellings])
+        self._control = _any_of(list(spellings.values()))
 
     def end_after(self, text: str, start: int) -> int | None:
         """Where the first stop token at or after `start` ends."""
@@ -48,20 +51,28 @@ class StopTokens:
         return found.end() if found else None
 
     def end_of_opening(self, text: str, start: int) -> int | None:
-        """Where the stop token ends that, but for whitespace, stands at `start`: the next role's, in the GLM family."""
+        """Where the control token ends that, but for whitespace, stands at `start`: in the GLM family, the next role's.
+
+        Whichever role that is: after a reply the model must generate it, also where inference does not stop at it.
+        """
         start += len(text[start:]) - len(text[start:].lstrip())
-        found = self._any.match(text, start)
+        found = self._control.match(text, start)
         return found.end() if found else None
+
+    def end_of_role(self, text: str) -> int | None:
+        """Where the last control token of `text` ends, if it is a stop token: the role's own, in the GLM family."""
+        found = list(self._control.finditer(text))
+        return found[-1].end() if found and self._any.fullmatch(found[-1][0]) else None
 
 
 def targets(conversation: Conversation, supervise: str) -> list[int]:
-    """The indices of the assistant messages to learn. Raises SetAside where there is none."""
+    """The indices of the messages to learn: the assistant's, and a tool's that says so. Raises SetAside if none."""
     assistant = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
     by_default = set(assistant if supervise == "all" else assistant[-1:])
     chosen = []
-    for index in assistant:
-        loss = conversation.messages[index].loss
-        if loss or (loss is None and index in by_default):
+    for index, message in enumerate(conversation.messages):
+        asked = message.loss and message.role in ("assistant", "tool")
+        if asked or (message.loss is None and index in by_default):
             chosen.append(index)
     if not chosen:
         raise SetAside(NO_TARGET)
@@ -75,13 +86,11 @@ def read_turn(
 
     Raises SetAside where the reply does not continue the prompt or lacks part of the message.
     """
-    if index == 0:
-        raise SetAside(COMES_FIRST)
-    prompt = template.render(messages[:index], tools, prompt=True)
+    prompt = _prompt(template, messages[:index], tools)
     last = index + 1 == len(messages)
     rendered = full if full is not None and last else template.render(messages[: index + 1], tools, prompt=False)
     if not rendered.startswith(prompt):
-        raise SetAside(NOT_CONTINUED, _options_tried(template, messages, tools, index))
+        raise SetAside(NOT_CONTINUED if index else COMES_FIRST, _options_tried(template, messages, tools, index))
     region = rendered[len(prompt) :]
     message = messages[index]
     after = end_of_parts(region, reply_parts(message))
@@ -100,6 +109,30 @@ def read_turn(
     return Turn(index, prompt, region + stops.eos)
 
 
+def read_told(
+    template: ChatTemplate, stops: StopTokens, messages: Messages, tools: Messages, index: int, full: str
+) -> Turn:
+    """The turn of `messages[index]`, a tool's; `full` is the rendering of all messages.
+
+    Raises SetAside where the template does not show the message as one stretch of text.
+    """
+    stand_in = {**messages[index], "content": STAND_IN}
+    witness = template.render([*messages[:index], stand_in, *messages[index + 1 :]], tools, prompt=False)
+    before, found, after = witness.partition(STAND_IN)
+    if not found or not full.startswith(before) or not full.endswith(after) or len(before) + len(after) > len(full):
+        raise SetAside(f"{DROPS}a {messages[index]['role']} message")
+    role_end, text_end = stops.end_of_role(before), len(full) - len(after)
+    start = len(before) if role_end is None else role_end
+    end = stops.end_after(full, text_end) if role_end is None else stops.end_of_opening(full, text_end)
+    if end is None and index + 1 < len(messages):
+        raise SetAside(NO_STOP)
+    if end is not None:
+        return Turn(index, full[:start], full[start:end])
+    if stops.eos is None:
+        raise SetAside(NO_STOP)
+    return Turn(index, full[:start], full[start:] + stops.eos)
+
+
 def check_context(template: ChatTemplate, messages: Messages, tools: Messages, turn: Turn) -> None:
     """What leads to the turn stands in its prompt. Raises SetAside naming what the template dropped."""
     check_prompt(turn.prompt, messages[: turn.index], tools)
@@ -107,6 +140,16 @@ def check_context(template: ChatTemplate, messages: Messages, tools: Messages, t
         witness = Witness()
         prompt = template.render(messages[: turn.index], witness.tools(tools), prompt=True)
         end_of_parts(prompt, iter(witness.parts))
+
+
+def _prompt(template: ChatTemplate, before: Messages, tools: Messages) -> str:
+    """What leads to a reply: before a first message, only what the template opens every conversation with."""
+    try:
+        if before or template.render(before, tools, prompt=False):
+            return template.render(before, tools, prompt=True)
+    except SetAside as error:
+        raise error if before else SetAside(COMES_FIRST) from error
+    raise SetAside(COMES_FIRST)
 
 
 def _check_witness(template: ChatTemplate, messages: Messages, tools: Messages, index: int, prompt: str) -> None:
