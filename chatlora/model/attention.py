@@ -100,6 +100,11 @@ def _segments(
     window: int | None,
 ) -> torch.Tensor:
     """One scaled_dot_product_attention a conversation: exact on every device and in every precision."""
+    dtype = query.dtype
+    if query.device.type == "cpu":
+        # In fp32 whatever the model's precision: closer, and for conversations of chat length faster than bf16, whose
+        # kernel on CPUs pays for short rows (77 tokens: 2.3 times, 300: 1.1 times, 865: 0.9 times).
+        query, key, value = query.float(), key.float(), value.float()
     outputs = []
     for q, k, v in zip(*(torch.split(each, lengths, 2) for each in (query, key, value)), strict=True):
         length = q.shape[2]
@@ -109,7 +114,7 @@ def _segments(
                 q, k, v, attn_mask=band, is_causal=band is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
             )
         )
-    return torch.cat(outputs, 2).transpose(1, 2)
+    return torch.cat(outputs, 2).to(dtype).transpose(1, 2)
 
 
 def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
