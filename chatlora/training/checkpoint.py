@@ -81,8 +81,8 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         moments = {f"{kind}.{name}": t for kind, tensors in checkpoint.moments.items() for name, t in tensors.items()}
         save_file(checkpoint.adapter, beside / ADAPTER)
         save_file(moments, beside / STATE)
-        _write_json(beside / PROGRESS, {"step": checkpoint.step})
-        _write_json(beside / MANIFEST, {"files": {name: _signature(beside / name) for name in SIGNED}})
+        (beside / PROGRESS).write_bytes(_as_json({"step": checkpoint.step}))
+        (beside / MANIFEST).write_bytes(_as_json({"files": {name: _signature(beside / name) for name in SIGNED}}))
         for path in beside.iterdir():
             sync(path)
         sync(beside)
@@ -140,10 +140,6 @@ def _delete(home: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
 def _free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
@@ -183,28 +179,31 @@ def read_checkpoint(home: Path) -> Checkpoint:
 
 
 def why_broken(home: Path) -> str | None:
-    """None if every file of the checkpoint is what its manifest says, else what is not."""
+    """None if every file of the checkpoint is, to the byte, what its manifest says, else what is not."""
+    missing = [name for name in (*SIGNED, MANIFEST) if not (home / name).is_file()]
+    if missing:
+        return f"{missing[0]} is missing"
     try:
-        files = json.loads((home / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {name: (int(signed["bytes"]), signed["sha256"]) for name, signed in files.items()}
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+        written = (home / MANIFEST).read_bytes()
+        signed = json.loads(written)["files"]
+        found = {name: _signature(home / name) for name in SIGNED}
+        changed = [name for name in SIGNED if found[name] != signed[name]]
+    except OSError as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"its {MANIFEST} cannot be read"
-    if set(expected) != set(SIGNED):
-        return f"its {MANIFEST} does not list the files of a checkpoint"
-    for name, signature in expected.items():
-        if not (home / name).is_file():
-            return f"{name} is missing"
-        found = _signature(home / name)
-        if (found["bytes"], found["sha256"]) != signature:
-            return f"{name} is not what {MANIFEST} says ({found['bytes']:,} bytes, {signature[0]:,} were written)"
-    return None
+    if changed:
+        return f"{changed[0]} is not what was written ({MANIFEST} has another sha256)"
+    return None if written == _as_json({"files": found}) else f"its {MANIFEST} is not what was written"
 
 
 def _signature(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _as_json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def _folders(folder: Path) -> Iterator[Path]:
