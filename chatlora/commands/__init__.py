@@ -5,8 +5,11 @@ from importlib import import_module
 
 from chatlora.errors import ConfigError, did_you_mean, run_as_script
 
-COMMANDS = {"schema": "print the JSON schema of a config file, from which editors complete"}
-USAGE = "usage: chatlora COMMAND ...\n\n" + "\n".join(f"  {name:<10} {meaning}" for name, meaning in COMMANDS.items())
+COMMANDS = {
+    "convert-chatglm3": "ChatGLM3 checkpoints and adapters -> native GLM, no remote code",
+    "schema": "print the JSON schema of a config file, from which editors complete",
+}
+USAGE = "usage: chatlora COMMAND ...\n\n" + "\n".join(f"  {name:<16} {meaning}" for name, meaning in COMMANDS.items())
 
 
 def main() -> None:
@@ -22,4 +25,4 @@ def dispatch(argv: Sequence[str]) -> None:
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS) or f"; there is {', '.join(COMMANDS)}"
         raise ConfigError(f"there is no command '{name}'{hint}")
-    import_module(f"chatlora.commands.{name}").run(rest)
+    import_module(f"chatlora.commands.{name.replace('-', '_')}").run(rest)
