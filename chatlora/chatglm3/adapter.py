@@ -178,20 +178,19 @@ def _check_base(base: Path, native: Mapping[str, Native]) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"--base {base}: is no converted model ({error}); convert it first") from None
     for name, tensor in native.items():
-        *_, layer, _, module, _, _ = ("", "0", "", *name.split("."))[-6:]
-        if module in rows and ".lora_B." in name and tensor.shape[0] != rows[module]:
-            raise ModelError(
-                f"{name} has {tensor.shape[0]} rows, and {base} has {rows[module]}: another model's adapter"
-            )
-        if layer.isdecimal() and int(layer) >= layers:
+        module, _, factor = name.partition(".lora_")
+        layer, expected = module.split(".")[4:5], rows.get(module.rpartition(".")[2])
+        if ".layers." in name and int(layer[0]) >= layers:
             raise ModelError(f"{name}: {base} has {layers} layers only; this is another model's adapter")
+        if factor.startswith("B") and expected is not None and tensor.shape[0] != expected:
+            raise ModelError(f"{name} has {tensor.shape[0]} rows, and {base} has {expected}; this is another model's")
 
 
 def _targets(modules: list[str], *, every_layer: bool) -> list[str]:
-    """`target_modules`: the modules' short names where all layers have the same ones, else each in full."""
-    kinds = {module.rpartition(".")[2] for module in modules}
-    layers = {module.split(".")[2] for module in modules if module.startswith("model.layers.")}
-    uniform = sum(module.startswith("model.layers.") for module in modules) == len(layers) * len(
-        {module.rpartition(".")[2] for module in modules if module.startswith("model.layers.")}
-    )
-    return sorted(kinds) if uniform and every_layer else modules
+    """`target_modules`: short names where each layer has the same ones, else every module in full."""
+    inside = [module for module in modules if module.startswith("model.layers.")]
+    layers = {module.split(".")[2] for module in inside}
+    kinds = {module.rpartition(".")[2] for module in inside}
+    if not every_layer or len(inside) != len(layers) * len(kinds):
+        return modules
+    return sorted({module.rpartition(".")[2] for module in modules})

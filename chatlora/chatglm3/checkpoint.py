@@ -11,14 +11,13 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from chatlora.chatglm3.configuration import native_config, native_generation_config, read_config
-from chatlora.chatglm3.naming import INV_FREQ, Known, known_tensors
+from chatlora.chatglm3.naming import known_tensors
 from chatlora.chatglm3.shards import (
     DTYPES,
     Shard,
@@ -28,28 +27,16 @@ from chatlora.chatglm3.shards import (
     sha256_of,
     write_safetensors,
 )
-from chatlora.chatglm3.tokenizer import tokenizer_files
+from chatlora.chatglm3.tokenizer import VOCABULARY, tokenizer_files
+from chatlora.chatglm3.verification import Conversion, check_names, check_shard, few, verify
 from chatlora.errors import ModelError
 from chatlora.run_directory import write_json, write_text
 
 RECEIPT = "conversion.json"
 SPARE = 64 * 2**20  # bytes of the disk that stay free
 EMBEDDING = "transformer.embedding.word_embeddings.weight"
-P_TUNING = "transformer.prefix_encoder"
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """What is converted into what. `shards`: the original's file -> the native one, in order."""
-
-    source: Path
-    target: Path
-    config: dict[str, Any]
-    known: dict[str, Known]
-    shards: dict[Path, str]
-    weight_map: dict[str, str] | None
 
 
 def convert_checkpoint(source: Path, target: Path, say: Say) -> None:
@@ -59,7 +46,7 @@ def convert_checkpoint(source: Path, target: Path, say: Say) -> None:
     is too small, or a finished file is not what was written.
     """
     conversion = _conversion(source, target)
-    _check_names(conversion)
+    check_names(conversion)
     target.mkdir(parents=True, exist_ok=True)
     lock = FileLock(target / ".lock")
     try:
@@ -96,56 +83,11 @@ def _convert(conversion: Conversion, say: Say) -> None:
         size = receipt["shards"][name]["size"]
         say(f"{place}: {file.name} -> {name}, {size / 1e9:.2f} GB in {time.monotonic() - began:.1f} s")
     say("reading everything again to verify it")
-    _verify(conversion, receipt, recheck=done)
+    verify(conversion, receipt, recheck=done)
     _write_settings(conversion, receipt, say)
     write_json(target / RECEIPT, {**receipt, "state": "verified"})
     count = sum(len(entry["tensors"]) for entry in receipt["shards"].values())
     say(f"{target}: {count} tensors verified; it loads as any `glm` model")
-
-
-# ---- before anything is written
-
-
-def _check_names(conversion: Conversion) -> None:
-    """Refuse unknown, misshapen and missing tensors: before the first byte is copied where headers can tell."""
-    if conversion.weight_map is not None:
-        _refuse_names(conversion, conversion.weight_map, complete=True)
-    if all(file.suffix == ".safetensors" for file in conversion.shards):
-        found: list[str] = []
-        for file in conversion.shards:
-            with open_shard(file) as shard:
-                _check_shard(conversion, file, shard)
-                found += shard.tensors
-        _refuse_names(conversion, found, complete=True)
-
-
-def _refuse_names(conversion: Conversion, names: Sequence[str] | Mapping[str, str], *, complete: bool) -> None:
-    problems = []
-    unknown = [name for name in names if name not in conversion.known]
-    if any(name.startswith(P_TUNING) for name in unknown):
-        problems.append("it holds a P-Tuning prefix, which the native model has no place for; convert the base model")
-    elif unknown:
-        problems.append(f"{len(unknown)} tensors are not known: {_few(unknown)}; only ChatGLM3's own are converted")
-    missing = [name for name in conversion.known if name not in names and name != INV_FREQ]
-    if complete and missing:
-        problems.append(f"{len(missing)} tensors are missing: {_few(missing)}; fetch the checkpoint again")
-    if problems:
-        raise ModelError(*(f"{conversion.source}: {problem}" for problem in problems))
-
-
-def _check_shard(conversion: Conversion, file: Path, shard: Shard) -> None:
-    _refuse_names(conversion, list(shard.tensors), complete=False)
-    weight_map = conversion.weight_map
-    if weight_map is not None and set(shard.tensors) != {name for name in weight_map if weight_map[name] == file.name}:
-        raise ModelError(f"{file}: holds other tensors than the index says; fetch both again")
-    wrong = [
-        f"{file}: {name} has the shape {list(stored.shape)}, and by config.json it should have "
-        f"{list(conversion.known[name].shape)}"
-        for name, stored in shard.tensors.items()
-        if stored.shape != conversion.known[name].shape
-    ]
-    if wrong:
-        raise ModelError(*wrong)
 
 
 def _receipt(conversion: Conversion) -> dict[str, Any]:
@@ -155,7 +97,7 @@ def _receipt(conversion: Conversion) -> dict[str, Any]:
     if not path.is_file():
         others = sorted(entry.name for entry in conversion.target.iterdir() if entry.name != ".lock")
         if any(not name.endswith(".partial") for name in others):
-            raise ModelError(f"{conversion.target}: is not empty ({_few(others)}); give a new folder")
+            raise ModelError(f"{conversion.target}: is not empty ({few(others)}); give a new folder")
         return fresh
     try:
         receipt: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -198,7 +140,7 @@ def _convert_shard(conversion: Conversion, file: Path, name: str) -> dict[str, A
         raise ModelError(f"{file}: is damaged: its sha256 is not the model hub's; fetch it again")
     hashes: dict[str, str] = {}
     with open_shard(file) as shard:
-        _check_shard(conversion, file, shard)
+        check_shard(conversion, file, shard)
         kept = {tensor: conversion.known[tensor] for tensor in shard.tensors if conversion.known[tensor].parts}
         native = {
             part.name: (shard.tensors[tensor].dtype, part.shape)
@@ -208,9 +150,14 @@ def _convert_shard(conversion: Conversion, file: Path, name: str) -> dict[str, A
         partial = conversion.target / f"{name}.partial"
         size = write_safetensors(partial, native, _copied(shard, list(kept), hashes))
         partial.replace(conversion.target / name)
-        types = {tensor: shard.tensors[tensor].dtype for tensor in kept}
-        dropped = [tensor for tensor in shard.tensors if tensor not in kept]
-    return {"from": file.name, "size": size, "tensors": hashes, "types": types, "left_out": dropped}
+        return {
+            "from": file.name,
+            "size": size,
+            "bytes": sum(shard.tensors[tensor].num_bytes for tensor in kept),
+            "tensors": hashes,
+            "types": {tensor: shard.tensors[tensor].dtype for tensor in kept},
+            "left_out": [tensor for tensor in shard.tensors if tensor not in kept],
+        }
 
 
 def _copied(shard: Shard, tensors: Sequence[str], hashes: dict[str, str]) -> Iterator[bytes | memoryview]:
@@ -222,65 +169,12 @@ def _copied(shard: Shard, tensors: Sequence[str], hashes: dict[str, str]) -> Ite
         hashes[tensor] = digest.hexdigest()
 
 
-# ---- at the end
-
-
-def _verify(conversion: Conversion, receipt: Mapping[str, Any], recheck: set[str]) -> None:
-    """Every tensor of the original is in the files just as it was read. `recheck`: files of an earlier process.
-
-    Of those the original is read again too. Raises ModelError naming each file and tensor that differs.
-    """
-    seen = [tensor for entry in receipt["shards"].values() for tensor in (*entry["tensors"], *entry["left_out"])]
-    _refuse_names(conversion, seen, complete=True)
-    problems: list[str] = []
-    for file, name in conversion.shards.items():
-        entry = receipt["shards"][name]
-        path = conversion.target / name
-        with open_shard(path) as shard:
-            problems += _differences(conversion, entry, path, shard)
-        if name in recheck:
-            with open_shard(file) as shard:
-                problems += _source_differences(entry, file, path, shard)
-    if problems:
-        raise ModelError(*problems)
-
-
-def _differences(conversion: Conversion, entry: Mapping[str, Any], path: Path, shard: Shard) -> Iterator[str]:
-    parts = {
-        part.name: (entry["types"][tensor], part.shape)
-        for tensor in entry["tensors"]
-        for part in conversion.known[tensor].parts
-    }
-    remedy = "delete this file and run the command again"
-    if parts != {name: (stored.dtype, stored.shape) for name, stored in shard.tensors.items()}:
-        yield f"{path}: does not hold the tensors that were written into it; {remedy}"
-        return
-    for tensor, expected in entry["tensors"].items():
-        digest = hashlib.sha256()
-        for part in conversion.known[tensor].parts:
-            for piece in shard.read(part.name):
-                digest.update(piece)
-        if digest.hexdigest() != expected:
-            names = _few([part.name for part in conversion.known[tensor].parts])
-            yield f"{path}: is damaged: {names} is not what was written (sha256); {remedy}"
-
-
-def _source_differences(entry: Mapping[str, Any], file: Path, path: Path, shard: Shard) -> Iterator[str]:
-    for tensor, expected in entry["tensors"].items():
-        digest = hashlib.sha256()
-        for piece in shard.read(tensor):
-            digest.update(piece)
-        if digest.hexdigest() != expected:
-            yield (
-                f"{file}: {tensor} is not what it was when {path.name} was made from it (sha256): fetch it again, "
-                f"delete {path} and run the command again"
-            )
-
-
 def _write_settings(conversion: Conversion, receipt: Mapping[str, Any], say: Say) -> None:
     """The tokenizer, the index and, last, config.json."""
     source, target = conversion.source, conversion.target
     if (source / "tokenizer.model").is_file():
+        if conversion.config["padded_vocab_size"] < VOCABULARY:
+            say(f"the tokenizer has {VOCABULARY:,} ids, the model {conversion.config['padded_vocab_size']:,} only")
         for name, content in tokenizer_files(source / "tokenizer.model", conversion.config["seq_length"]).items():
             write_text(target / name, content)
     else:
@@ -293,8 +187,10 @@ def _write_settings(conversion: Conversion, receipt: Mapping[str, Any], say: Say
             for tensor in entry["tensors"]
             for part in conversion.known[tensor].parts
         }
-        total = sum((target / name).stat().st_size for name in conversion.shards.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {
+            "metadata": {"total_size": sum(entry["bytes"] for entry in receipt["shards"].values())},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
         write_json(target / "model.safetensors.index.json", index)
     write_json(target / "generation_config.json", native_generation_config())
     write_json(target / "config.json", native_config(conversion.config, DTYPES[types[EMBEDDING]]))
@@ -302,7 +198,3 @@ def _write_settings(conversion: Conversion, receipt: Mapping[str, Any], say: Say
 
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -40,6 +40,7 @@ CONTROL_TOKENS = {
     "<|assistant|>": 64_796,
     "<|observation|>": 64_797,
 }
+VOCABULARY = NUM_PIECES + len(CONTROL_TOKENS)
 UNSPELLABLE = ("[MASK]", "[sMASK]", "eop")
 STOP_IDS = (EOS_ID, CONTROL_TOKENS["<|user|>"], CONTROL_TOKENS["<|observation|>"])
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
@@ -72,7 +73,7 @@ def build_tokenizer(path: Path) -> Tokenizer:
         pair="[gMASK] sop $A $B </s>",
         special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[gMASK]", "sop", "</s>")],
     )
-    assert tokenizer.get_vocab_size() == NUM_PIECES + len(CONTROL_TOKENS)
+    assert tokenizer.get_vocab_size() == VOCABULARY
     return tokenizer
 
 
