@@ -26,11 +26,15 @@ Messages = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The message's index, the text in front of the model, and the text that it must generate, stop token included."""
+    """The message's index, the text in front of the model, and the text that it must generate, stop token included.
+
+    altered: how the reply differs from the message without losing any of it (alterations.py).
+    """
 
     index: int
     prompt: str
     reply: str
+    altered: tuple[str, ...] = ()
 
 
 class StopTokens:
@@ -119,10 +123,11 @@ def read_told(
     stand_in = {**messages[index], "content": STAND_IN}
     witness = template.render([*messages[:index], stand_in, *messages[index + 1 :]], tools, prompt=False)
     before, found, after = witness.partition(STAND_IN)
-    if not found or not full.startswith(before) or not full.endswith(after) or len(before) + len(after) > len(full):
+    led = before.rstrip()  # a template may put a space before text only
+    if not found or not full.startswith(led) or not full.endswith(after) or len(led) + len(after) > len(full):
         raise SetAside(f"{DROPS}a {messages[index]['role']} message")
     role_end, text_end = stops.end_of_role(before), len(full) - len(after)
-    start = len(before) if role_end is None else role_end
+    start = min(len(before), text_end) if role_end is None else role_end
     end = stops.end_after(full, text_end) if role_end is None else stops.end_of_opening(full, text_end)
     if end is None and index + 1 < len(messages):
         raise SetAside(NO_STOP)
