@@ -73,6 +73,9 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     rank: int = Field(16, ge=1, description="r of LoRA")
     alpha: float = Field(32, gt=0, description="the update is scaled by alpha / rank")
+    variant: Literal["rslora"] | None = Field(
+        None, description="rslora: the update is scaled by alpha / sqrt(rank); null: plain LoRA"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping an input of the adapter")
     target_modules: str | tuple[str, ...] = Field("all-linear", description="all-linear, module names, or a regex")
 

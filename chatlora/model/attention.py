@@ -12,6 +12,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from chatlora.data.collate import pack
 from chatlora.data.examples import Example
+from chatlora.model.spread import full_shape
 
 PACKED = "chatlora_packed"
 PROBE_LENGTHS = (37, 61)
@@ -19,7 +20,16 @@ PROBE_LENGTHS = (37, 61)
 # Keyword arguments of transformers' attention functions that change nothing in a packed causal forward pass. Any other
 # one that is not None changes the function (soft-capping, sinks, biases): ignoring it would give a wrong gradient.
 HARMLESS = frozenset(
-    {"cu_seq_lens_k", "max_length_k", "seq_idx", "position_ids", "use_cache", "output_attentions", "is_causal"}
+    {
+        "cu_seq_lens_k",
+        "max_length_k",
+        "seq_idx",
+        "position_ids",
+        "use_cache",
+        "output_attentions",
+        "output_router_logits",
+        "is_causal",
+    }
 )
 
 
@@ -163,7 +173,7 @@ def why_not_packed(model: PreTrainedModel, *, exact: bool) -> str | None:
 def _probe_conversations(model: PreTrainedModel) -> tuple[list[int], list[int], list[int]]:
     """Two conversations and a first one with other tokens, drawn from a fixed seed."""
     draw = torch.Generator().manual_seed(0)
-    size = model.get_input_embeddings().weight.shape[0]
+    size = full_shape(model.get_input_embeddings().weight)[0]
     lengths = (PROBE_LENGTHS[0], PROBE_LENGTHS[0], PROBE_LENGTHS[1])
     first, other, second = (torch.randint(size, (length,), generator=draw).tolist() for length in lengths)
     return first, other, second

@@ -1,5 +1,6 @@
 """The adapter: put onto a base model, described, saved."""
 
+import re
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -7,31 +8,51 @@ from pathlib import Path
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from chatlora.config import LoraConfig
-from chatlora.errors import ModelError, did_you_mean
+from chatlora.errors import ModelError
+from chatlora.model.spread import num_elements
+from chatlora.model.targets import WRAPPED, adaptable_layers, find_targets
 
 
 def add_lora(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
-    """The base model, frozen, with a fresh adapter in fp32 whatever the base is; the same for the same seed."""
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    """The base model, frozen, with an adapter in fp32 whatever the base is; the same for the same seed.
+
+    A fresh one, or `lora.init_from`'s to go on from. Raises ModelError where the model or that adapter does not fit.
+    """
+    targets = find_targets(base, lora.target_modules)
+    if targets.parameters and lora.dropout:
+        raise ModelError(
+            f"lora.dropout is {lora.dropout:g}, but PEFT cannot drop inputs of adapters on stacked experts: set it to "
+            f"0, or lora.target_modules to layers that are none of {', '.join(targets.parameters)}"
+        )
+    # A token goes through several experts, each with an adapter of its own: together they have the rank that was asked
+    # for (https://thinkingmachines.ai/blog/lora/).
+    rank = max(1, lora.rank // targets.active_experts)
     settings = PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=targets,
+        use_rslora=lora.variant == "rslora",
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
+        rank_pattern={re.escape(name): rank for name in targets.expert_parameters},
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
-    try:
-        with warnings.catch_warnings():  # PEFT 0.21 reads an attribute that transformers 5.23 calls deprecated
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # of PEFT 0.21's own making
+        warnings.filterwarnings(
+            "ignore", ".*rank_pattern keys did not match", RuntimeWarning
+        )  # it looks at layers only
+        try:
             model = get_peft_model(base, settings, autocast_adapter_dtype=True)
-    except ValueError as error:
-        raise ModelError(_no_such_modules(base, targets, error)) from None
+        except ValueError as error:
+            raise ModelError(f"lora.target_modules: {error}") from None
     assert all(parameter.dtype == torch.float32 for parameter in trainable(model).values())
     return model
 
@@ -42,33 +63,56 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def describe_lora(model: PeftModel) -> list[str]:
-    """What the adapter touches by kind of layer, and the share of the base's parameters that it reaches."""
+    """What the adapter touches by kind of layer, the share of the base that it reaches, and what it leaves out."""
     kinds: Counter[str] = Counter()
-    reached = 0
+    reached, touched = 0, set()
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            kinds[name.rpartition(".")[2]] += 1
-            reached += sum(parameter.numel() for parameter in module.get_base_layer().parameters())
-    adapter = sum(parameter.numel() for parameter in trainable(model).values())
-    total = sum(parameter.numel() for parameter in model.parameters()) - adapter
-    touched = ", ".join(f"{kind} x {count}" for kind, count in kinds.items())
+        if isinstance(module, ParamWrapper):
+            name, size = f"{name}.{module.parameter_name}", num_elements(module.get_param())
+        elif isinstance(module, BaseTunerLayer):
+            size = sum(num_elements(parameter) for parameter in module.get_base_layer().parameters())
+        else:
+            continue
+        reached += size
+        touched.add(name.replace(WRAPPED, ""))
+        kinds[kind_of(name)] += 1
+    adapter = sum(num_elements(parameter) for parameter in trainable(model).values())
+    total = sum(num_elements(parameter) for parameter in model.parameters()) - adapter
     return [
-        f"LoRA touches {touched}",
+        f"LoRA touches {_counted(kinds)}",
         f"LoRA trains {adapter:,} parameters and reaches {reached / total:.1%} of the base's {total:,}",
+        *_left_out(model, touched),
     ]
+
+
+def _left_out(model: PeftModel, touched: set[str]) -> list[str]:
+    """A warning where experts, MLPs or other layers are left out, with the reason if it is not the user's own."""
+    layers = adaptable_layers(model, model.get_base_model())
+    touched = touched | {name.removesuffix(".weight") for name in touched}
+    missed = Counter(kind_of(name) for name in (*layers.linear, *layers.experts) if name not in touched)
+    refused: dict[str, Counter[str]] = {}
+    for name, reason in layers.refused.items():
+        refused.setdefault(reason, Counter())[kind_of(name)] += 1
+    lines = [f"LoRA leaves out {_counted(kinds)}: {reason}" for reason, kinds in refused.items()]
+    if missed:
+        lines.append(
+            f"warning: LoRA leaves out {_counted(missed)}. Adapters on all layers, MLPs and experts included, learn "
+            f"more; lora.target_modules all-linear reaches them"
+        )
+    return lines
+
+
+def kind_of(name: str) -> str:
+    """`q_proj`, or `experts.gate_up_proj` for a tensor of a layer."""
+    words = name.replace(WRAPPED, "").removesuffix(".weight").split(".")
+    return ".".join(words[-2:]) if words[-2] == "experts" else words[-1]
+
+
+def _counted(kinds: Counter[str]) -> str:
+    return ", ".join(f"{kind} x {count}" for kind, count in kinds.items())
 
 
 def save_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Write a PEFT adapter from full tensors by parameter name, as `trainable` names them."""
     # PEFT would reach for the hub to learn whether the embeddings were resized; they never are here.
     model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
-
-
-def _no_such_modules(base: PreTrainedModel, targets: str | list[str], error: ValueError) -> str:
-    known = sorted({name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)})
-    wanted = [targets] if isinstance(targets, str) else targets
-    hints = [f"'{name}'{did_you_mean(name, known)}" for name in wanted if name not in known]
-    problem = (
-        f"lora.target_modules: no layer is called {', '.join(hints)}" if hints else f"lora.target_modules: {error}"
-    )
-    return f"{problem}. Linear layers of this model: {', '.join(known)}"
