@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 RowFormat = Literal["auto", "messages", "conversations", "sharegpt", "alpaca", "prompt_completion"]
 Schedule = Literal["constant", "linear", "cosine"]
 OverLength = Literal["fit", "cut", "drop", "error"]
+OnBadRow = Literal["error", "set_aside"]
 Supervise = Literal["all", "last"]
 Style = Literal["chatlora", "chatglm3"]
 Precision = Literal["auto", "bf16", "fp32"]
@@ -90,6 +91,9 @@ class DataConfig(Section):
     max_length: int = Field(2048, ge=2, description="longest training example, in tokens")
     over_length: OverLength = Field(
         "fit", description="longer rows: fit keeps whole turns, cut cuts hard, drop sets aside, error stops"
+    )
+    on_bad_row: OnBadRow = Field(
+        "error", description="rows that cannot be read: error stops, set_aside names them in the ledger and goes on"
     )
     supervise: Supervise = Field("all", description="targets: all assistant turns, or the last one")
 
@@ -182,6 +186,7 @@ FREE_SETTINGS = frozenset(
         "checkpoint.keep_last",
         "checkpoint.resume",
         "checkpoint.stop_after_no_gain",
+        "data.on_bad_row",  # where there are bad rows it is error or a run, where there are none it is nothing
         "data.test",
         "evaluation.after_training",
         "evaluation.max_new_tokens",

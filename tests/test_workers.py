@@ -21,9 +21,11 @@ def test_workers_give_what_one_process_gives(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(workers, "CHUNK", 4)  # more chunks than are handed out ahead
     monkeypatch.setattr(workers, "CHUNKS_AHEAD", 2)
 
+    said: list[str] = []
+
     def rendered_by(number: int) -> tuple[list[tuple[str | None, Outcome]], Effort]:
         effort, numbered = Effort(), ((0, row) for row in read_conversations(Source(path=str(path))))
-        found = outcomes(numbered, Work(PLAIN, 200, "fit", "all"), number, effort)
+        found = outcomes(numbered, Work(PLAIN, 200, "fit", "all"), number, effort, said.append)
         return [(conversation.place, outcome) for _, conversation, outcome in found], effort
 
     alone, _ = rendered_by(0)

@@ -19,6 +19,7 @@ from chatlora.data.evaluation_set import EvalSample, prepare_evaluation_data
 from chatlora.data.examples import TOO_LONG, Example
 from chatlora.data.ledger import SourceAccount, ledger_of, refuse_lost_sources, summary_lines
 from chatlora.data.rendering import Renderer
+from chatlora.data.sources import Unread
 from chatlora.data.store import ExampleStore, Stored, built_once, write_examples
 from chatlora.data.survey import Input, code_digest, digest, inputs_of, survey
 from chatlora.data.watching import watched
@@ -96,12 +97,12 @@ def prepare_training_data(
     share = data.validation if isinstance(data.validation, float) else 0.0
     inputs = inputs_of(data.train, "train")
     separate = inputs_of(data.validation, "validation") if not isinstance(data.validation, float) else []
-    found = survey([*inputs, *separate], cache / "data")
+    found = survey([*inputs, *separate], cache / "data", data.on_bad_row)
     renderer = make_renderer(found.any_reasoning)
 
-    stores = [_rendered(inputs, data, renderer, cache, sum(found.rows[: len(inputs)]))]
+    stores = [_rendered(inputs, data, renderer, cache, sum(found.rows[: len(inputs)]), say)]
     if separate:
-        stores.append(_rendered(separate, data, renderer, cache, sum(found.rows[len(inputs) :])))
+        stores.append(_rendered(separate, data, renderer, cache, sum(found.rows[len(inputs) :]), say))
     refuse_lost_sources([source for store in stores for source in store.record["sources"]])
 
     held_out = _held_out_rows(stores[0], share, seed, say)
@@ -126,16 +127,25 @@ def prepare_training_data(
 # ---- rendering
 
 
-def _rendered(inputs: Sequence[Input], data: DataConfig, renderer: Renderer, cache: Path, total: int) -> ExampleStore:
-    settings = [data.max_length, data.over_length, data.supervise, data.system]
+def _rendered(
+    inputs: Sequence[Input], data: DataConfig, renderer: Renderer, cache: Path, total: int, say: Say
+) -> ExampleStore:
+    settings = [data.max_length, data.over_length, data.supervise, data.system, data.on_bad_row]
     key = digest([code_digest(), renderer.fingerprint, settings, [each.identity for each in inputs]])
 
     def build(folder: Path) -> dict[str, Any]:
         accounts = [SourceAccount(each.source.path) for each in inputs]
         work, effort = Work(renderer, data.max_length, data.over_length, data.supervise), Effort()
-        numbered = ((number, row) for number, each in enumerate(inputs) for row in each.conversations(data.system))
-        found = watched(outcomes(numbered, work, num_workers(total), effort), "rendering", total)
+        unread: list[list[Unread] | None] = [None if data.on_bad_row == "error" else [] for _ in inputs]
+        numbered = (
+            (number, row)
+            for number, each in enumerate(inputs)
+            for row in each.conversations(data.system, unread[number])
+        )
+        found = watched(outcomes(numbered, work, num_workers(total), effort, say), "rendering", total)
         write_examples(folder, _entered(found, accounts))
+        for account, rows in zip(accounts, unread, strict=True):
+            account.put_unread_aside(rows or [])
         return {"sources": [asdict(account) for account in accounts], **asdict(effort)}
 
     return built_once(cache / "data" / key, build)
@@ -155,6 +165,7 @@ def _entered(found: Iterable[tuple[int, Conversation, Outcome]], accounts: Seque
         if rendered.lost_targets:
             turns = f"{rendered.lost_turns} of {rendered.lost_turns + rendered.turns} turns"
             account.note_cut(place, TOO_LONG, f"{turns}, {rendered.lost_targets} targets")
+        account.note_altered(rendered.altered)
         for number, example in enumerate(rendered.examples):
             yield Stored(example, place, source, rendered.turns if number == 0 else 0)
     if problems:

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from chatlora.config import OverLength, Source, Supervise
+from chatlora.config import OnBadRow, OverLength, Source, Supervise
 from chatlora.data.conversation import Conversation
 from chatlora.data.examples import PROMPT_TOO_LONG, EvalExample
 from chatlora.data.ledger import SourceAccount, ledger_of, refuse_lost_sources
 from chatlora.data.rendering import Renderer
-from chatlora.data.sources import read_conversations
+from chatlora.data.sources import Unread, read_conversations
 from chatlora.data.watching import watched
 from chatlora.errors import DataError, SetAside
 
@@ -39,6 +39,7 @@ def prepare_evaluation_data(
     over_length: OverLength = "fit",
     supervise: Supervise = "all",
     system: str | None = None,
+    on_bad_row: OnBadRow = "error",
 ) -> tuple[list[EvalSample], dict[str, Any]]:
     """All samples of the sources in file order, and the ledger of their rows.
 
@@ -48,9 +49,10 @@ def prepare_evaluation_data(
     """
     problems: list[str] = []
     accounts = [SourceAccount(source.path) for source in sources]
+    unread: list[list[Unread] | None] = [None if on_bad_row == "error" else [] for _ in sources]
     samples: list[EvalSample] = []
     single_turns: dict[tuple[int, ...], int] = {}  # the ids of a prompt -> its sample's position
-    for account, conversation in _conversations(sources, accounts, system, problems):
+    for account, conversation in _conversations(sources, accounts, system, unread, problems):
         try:
             rendered = renderer.render_for_evaluation(
                 conversation,
@@ -69,6 +71,7 @@ def prepare_evaluation_data(
             account.put_aside(conversation.place, PROMPT_TOO_LONG, rendered.set_aside[0][1])
             continue
         _account(account, conversation, rendered.examples)
+        account.note_altered(rendered.altered)
         for turn, told in rendered.set_aside:
             account.note_cut(conversation.place, PROMPT_TOO_LONG, f"turn {turn}: {told}")
         if rendered.cut_references:
@@ -76,19 +79,24 @@ def prepare_evaluation_data(
         _add(samples, single_turns, conversation, rendered.examples)
     if problems:
         raise DataError(*problems)
+    for account, rows in zip(accounts, unread, strict=True):
+        account.put_unread_aside(rows or [])
     ledger = ledger_of(accounts)
     refuse_lost_sources(ledger["sources"])
     return samples, ledger
 
 
 def _conversations(
-    sources: Sequence[Source], accounts: Sequence[SourceAccount], system: str | None, problems: list[str]
+    sources: Sequence[Source],
+    accounts: Sequence[SourceAccount],
+    system: str | None,
+    unread: Sequence[list[Unread] | None],
+    problems: list[str],
 ) -> Iterator[tuple[SourceAccount, Conversation]]:
-    for source, account in zip(sources, accounts, strict=True):
+    for source, account, bad in zip(sources, accounts, unread, strict=True):
+        rows = read_conversations(source, system=system, split="test", set_aside=bad)
         try:
-            for conversation in watched(
-                read_conversations(source, system=system, split="test"), f"rendering {source.path}", None
-            ):
+            for conversation in watched(rows, f"rendering {source.path}", None):
                 account.rows_read += 1
                 yield account, conversation
         except DataError as error:

@@ -1,9 +1,11 @@
 """What rendering makes of a conversation, and what is left of it where it is too long."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from chatlora.data.conversation import Conversation
+from chatlora.data.limits import characters_in
 from chatlora.data.turns import Turn
 from chatlora.errors import DataError, SetAside
 
@@ -14,6 +16,7 @@ Supervise = Literal["all", "last"]
 TOO_LONG = "longer than max_length"
 NO_REPLY_FITS = "longer than max_length: no reply fits"
 NO_TARGET_LEFT = "longer than max_length: no target is left after the cut"
+CHARACTERS_PER_TOKEN = 1_000  # more than any token has
 PROMPT_TOO_LONG = "the prompt is longer than max_prompt_length"
 
 
@@ -36,21 +39,26 @@ class EvalExample:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A conversation's examples; supervised turns kept, and turns and targets lost to `over_length`."""
+    """A conversation's examples; supervised turns kept, and turns and targets lost to `over_length`.
+
+    altered: of the turns kept, how many the template changed without losing anything, by kind.
+    """
 
     examples: tuple[Example, ...]
     turns: int
     lost_turns: int
     lost_targets: int
+    altered: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedForEvaluation:
-    """Samples (it iterates as these), (turn, reason) of those set aside, and how many references were cut."""
+    """Samples (it iterates as these), (turn, reason) of those set aside, how many references were cut, and altered."""
 
     examples: tuple[EvalExample, ...]
     set_aside: tuple[tuple[int, str], ...]
     cut_references: int
+    altered: Mapping[str, int]
 
     def __iter__(self) -> Iterator[EvalExample]:
         return iter(self.examples)
@@ -90,6 +98,17 @@ def shortened(draft: Draft, max_length: int, over_length: OverLength, place: str
         return Draft(draft.ids[:max_length], cut, draft.turns[: len(cut)])
     whole = [(start, end) for start, end in draft.stretches if end <= max_length]
     return Draft(draft.ids[: whole[-1][1]] if whole else [], whole, draft.turns[: len(whole)])
+
+
+def refuse_hopeless(conversation: Conversation, first: int, max_length: int, over_length: OverLength) -> None:
+    """Told without rendering: a row of megabytes, whose first reply (to message `first`) cannot end in `max_length`."""
+    characters = characters_in([message.content for message in conversation.messages[: first + 1]])
+    if characters <= CHARACTERS_PER_TOKEN * max_length:
+        return
+    if over_length == "error":
+        raise too_long(conversation.place, characters // CHARACTERS_PER_TOKEN, "data.max_length", max_length)
+    reason = {"fit": NO_REPLY_FITS, "cut": NO_TARGET_LEFT, "drop": TOO_LONG}[over_length]
+    raise SetAside(reason, f"{characters:,} characters, max_length is {max_length} tokens")
 
 
 def too_long(place: str | None, length: int, setting: str, limit: int) -> DataError:

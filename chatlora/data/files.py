@@ -19,14 +19,16 @@ UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 _UTF16 = "the file is UTF-16; convert it with: iconv -f UTF-16 -t UTF-8"
 _TOO_DEEP = "lists and objects are nested too deeply to be read"
+_REWRITE = "write the line with a JSON library, or remove it"
 _WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be read: what was found, and the remedy."""
+    """A row that cannot be read: what was found, and the remedy. `ends`: nothing behind it was read."""
 
     problem: str
+    ends: bool = False
 
 
 Row = Mapping[str, Any]
@@ -50,9 +52,9 @@ def read_jsonl(path: Path, name: str) -> Rows:
 def _misnamed(first_line: bytes) -> BadRow | None:
     """What shows in the first line that the file as a whole is not JSON Lines."""
     if first_line.startswith(_UTF16_BOMS):
-        return BadRow(_UTF16)
+        return BadRow(_UTF16, ends=True)
     if first_line.strip() == b"{" or first_line.lstrip().startswith(b"["):
-        return BadRow("the file is one indented or listed JSON value, not one object a line; name it .json")
+        return BadRow("the file is one indented or listed JSON value, not one object a line; name it .json", ends=True)
     return None
 
 
@@ -72,7 +74,9 @@ def _parse_line(line: bytes) -> Row | BadRow:
                 f"the JSON breaks off after {len(rest)} characters ({error.msg}); "
                 "was the file cut while it was written or copied? Write it again, or remove the line"
             )
-        return BadRow(f"not JSON at column {error.pos + 1} ({error.msg}): {_around(text, error.pos)!r}")
+        if text.startswith("\ufeff"):
+            return BadRow("a byte-order mark stands inside the file, as where files were joined; remove it")
+        return BadRow(f"not JSON at column {error.pos + 1} ({error.msg}): {_around(text, error.pos)!r}; {_REWRITE}")
     except RecursionError:
         return BadRow(_TOO_DEEP)
     except ValueError as error:
@@ -86,13 +90,13 @@ def read_json(path: Path, name: str) -> Rows:
     """
     raw = path.read_bytes().removeprefix(UTF8_BOM)
     if raw.startswith(_UTF16_BOMS):
-        yield BadRow(_UTF16), f"{name}:1"
+        yield BadRow(_UTF16, ends=True), f"{name}:1"
         return
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        yield BadRow(_not_utf8(raw, error)), f"{name}:{line}"
+        yield BadRow(_not_utf8(raw, error), ends=True), f"{name}:{line}"
         return
     line, counted = 1, 0
     for value, begin, end in _json_values(text):
@@ -122,20 +126,21 @@ def _json_values(text: str) -> Iterator[tuple[Any, int, int]]:
                 end = _skip_comma(text, end)
         except json.JSONDecodeError as error:
             yield (
-                BadRow(f"not JSON ({error.msg}): {_around(text, error.pos)!r}; nothing after it was read"),
+                BadRow(f"not JSON ({error.msg}): {_around(text, error.pos)!r}; nothing after it was read", ends=True),
                 error.pos,
                 -1,
             )
             return
         except (ValueError, RecursionError) as error:
             problem = _TOO_DEEP if isinstance(error, RecursionError) else str(error)
-            yield BadRow(f"{problem}; nothing after it was read"), begin, -1
+            yield BadRow(f"{problem}; nothing after it was read", ends=True), begin, -1
             return
         yield value, begin, end
     if listed and end >= len(text):
-        yield BadRow("the list is never closed; was the file cut while it was written or copied?"), end, -1
+        problem = "the list is never closed; was the file cut while it was written or copied? Write it again"
+        yield BadRow(problem, ends=True), end, -1
     elif listed and _skip_whitespace(text, end + 1) < len(text):
-        yield BadRow("something follows the list; a file holds one list of rows"), end + 1, -1
+        yield BadRow("something follows the list; a file holds one list of rows", ends=True), end + 1, -1
 
 
 def _skip_comma(text: str, position: int) -> int:
@@ -166,22 +171,35 @@ def read_csv(path: Path, name: str) -> Rows:
             for record in records:
                 if record and header is None:
                     header = record
-                    repeated = sorted({column for column in header if header.count(column) > 1})
-                    if repeated:
-                        yield BadRow(f"the header names {', '.join(map(repr, repeated))} twice"), place
+                    fault = _fault_of_header(header, delimiter)
+                    if fault is not None:
+                        yield BadRow(fault, ends=True), place
                         return
                 elif record and header is not None:
                     yield _csv_row(header, record), place
                 place = f"{name}:{records.line_num + 1}"
         except csv.Error as error:
-            yield BadRow(f"not CSV ({error}); is a quote left open? Nothing after it was read"), place
+            problem = f"not CSV ({error}); is a quote left open? Close it; nothing after it was read"
+            yield BadRow(problem, ends=True), place
         except UnicodeDecodeError as error:
-            yield BadRow(f"not UTF-8 soon after this line ({error.reason}); convert the file to UTF-8"), place
+            problem = f"not UTF-8 soon after this line ({error.reason}); convert the file to UTF-8"
+            yield BadRow(problem, ends=True), place
+
+
+def _fault_of_header(header: list[str], delimiter: str) -> str | None:
+    repeated = sorted({column for column in header if header.count(column) > 1})
+    if repeated:
+        return f"the header names {', '.join(map(repr, repeated))} twice; give each column a name of its own"
+    other = next((character for character in "\t;|," if character != delimiter and character in header[0]), None)
+    if len(header) == 1 and other is not None:
+        expected = "a comma in .csv, a tab in .tsv"
+        return f"the header is one column, {header[0]!r}: is {other!r} the delimiter? It is {expected}; write it so"
+    return None
 
 
 def _csv_row(header: list[str], record: list[str]) -> Row | BadRow:
     if len(record) != len(header):
-        return BadRow(f"{len(record)} fields where the header has {len(header)}; is a comma or quote not quoted?")
+        return BadRow(f"{len(record)} fields where the header has {len(header)}; is a comma or a quote not quoted?")
     if any("\0" in value for value in record):
         return BadRow("NUL characters, as a crash or a full disk leaves them; write the file again")
     return dict(zip(header, record, strict=True))
@@ -200,7 +218,8 @@ def read_parquet(path: Path, name: str) -> Rows:
                     number += 1
                     yield without_nulls(row), f"{name}: row {number}"
     except (pyarrow.ArrowException, OSError) as error:
-        yield BadRow(f"not readable as Parquet ({error}); was the file cut while it was copied?"), name
+        problem = f"not readable as Parquet ({error}); was the file cut while it was copied? Copy it again"
+        yield BadRow(problem, ends=True), name
 
 
 def without_nulls(value: Any) -> Any:

@@ -6,20 +6,25 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from chatlora.data.examples import PROMPT_TOO_LONG, TOO_LONG
+from chatlora.data.limits import TOO_MUCH
 from chatlora.data.parts import DROPS
+from chatlora.data.sources import Unread
 from chatlora.data.template import RAISES
 from chatlora.data.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTINUED
 from chatlora.errors import DataError
 
 MOST_SET_ASIDE = 0.5  # of a source's rows; beyond, the model and the data do not fit each other
+UNREAD = "the row cannot be read"
 OTHER_TEMPLATE = "set model.chat_template to a Jinja file that renders such rows, or model.chat_template_kwargs"
 REMEDIES = {  # by how a reason begins
+    UNREAD: "mend the rows; data.on_bad_row: error tells all that is wrong with them",
     TOO_LONG: "raise data.max_length, or set data.over_length to fit or cut",
     PROMPT_TOO_LONG: "raise evaluation.max_prompt_length",
     DROPS: OTHER_TEMPLATE,
     RAISES: OTHER_TEMPLATE,
     NOT_CONTINUED: OTHER_TEMPLATE,
     NO_STOP: OTHER_TEMPLATE,
+    TOO_MUCH: OTHER_TEMPLATE,
     NO_TARGET: "look at the roles, at `loss` in the rows, and at data.supervise",
     COMES_FIRST: 'begin with a user message, or give the first one "loss": false',
 }
@@ -30,7 +35,8 @@ class SourceAccount:
     """What became of the rows of one source. `turns`, `targets` and `tokens` are those of the rows that were used, or,
     where a whole source is held out, of the rows held out; a row's `repeat` is not counted.
 
-    set_aside, cut: `{place, reason}`, and `detail` where something more is known of the row.
+    set_aside, cut: `{place, reason}`, and `detail` where something more is known of the row. altered: how many turns
+    the template changed without losing anything, by kind.
     """
 
     path: str
@@ -42,9 +48,19 @@ class SourceAccount:
     tokens: int = 0
     set_aside: list[dict[str, str]] = field(default_factory=list)
     cut: list[dict[str, str]] = field(default_factory=list)
+    altered: dict[str, int] = field(default_factory=dict)
 
     def put_aside(self, place: str | None, reason: str, detail: str) -> None:
         self.set_aside.append(entry(place, reason, detail))
+
+    def put_unread_aside(self, unread: Sequence[Unread]) -> None:
+        """The rows that could not be read, before the others."""
+        self.rows_read += len(unread)
+        self.set_aside[:0] = [entry(row.place, UNREAD, row.problem) for row in unread]
+
+    def note_altered(self, altered: Mapping[str, int]) -> None:
+        for kind, turns in altered.items():
+            self.altered[kind] = self.altered.get(kind, 0) + turns
 
     def note_cut(self, place: str | None, reason: str, detail: str) -> None:
         self.cut.append(entry(place, reason, detail))
@@ -92,6 +108,7 @@ def summary_lines(ledger: Mapping[str, Any]) -> list[str]:
         lines.append(f"{source['path']}: {', '.join(rows)}; {counts}")
         lines += [f"  set aside {reason}" for reason in _counted(source["set_aside"])]
         lines += [f"  cut {reason}" for reason in _counted(source["cut"])]
+        lines += [f"  in {turns:,} turns {kind} by the chat template" for kind, turns in source["altered"].items()]
     return lines
 
 

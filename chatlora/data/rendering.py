@@ -3,23 +3,28 @@
     text      control_text.py   text that spells a control token is masked; ids and where each begins
     template  template.py       the chat template: messages -> text
     turns     turns.py          the stretch of text that each reply is         parts.py  is all of the message in it?
-    ids       here              one encoding, stretches from offsets
+    changes   alterations.py    what else the template made of the reply
+    ids       drafts.py         one encoding, stretches from offsets
     lengths   examples.py       what an example is, and what over_length leaves of it
     proof     proof.py          of every example, by other means
+    bounds    limits.py         on time and memory of it all
 
 Most templates give one example a conversation. A template that renders a reply otherwise once more messages follow
 (Qwen3 drops earlier thoughts), or a token that straddles the end of a prompt, gives that turn an example of its own.
 """
 
 import hashlib
-from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from time import perf_counter
 from typing import Any
 
-from chatlora.data.control_text import ControlText, Encoded
+from chatlora.data.alterations import alterations
+from chatlora.data.control_text import ControlText
 from chatlora.data.conversation import Conversation
+from chatlora.data.drafts import draft_alone, drafts_of
 from chatlora.data.examples import (
     IGNORE_INDEX,
     NO_REPLY_FITS,
@@ -32,9 +37,11 @@ from chatlora.data.examples import (
     Rendered,
     RenderedForEvaluation,
     Supervise,
+    refuse_hopeless,
     shortened,
     too_long,
 )
+from chatlora.data.limits import PROBE, bounded, bounds_for
 from chatlora.data.proof import Proof
 from chatlora.data.template import ChatTemplate, chat_template_of, resolve_template_kwargs, template_messages
 from chatlora.data.turns import NO_TARGET, StopTokens, Turn, check_context, read_told, read_turn, targets
@@ -85,7 +92,8 @@ class Renderer:
             dict(tokenizer.special_tokens_map),
         )
         self._text = ControlText(tokenizer)
-        self._stops = StopTokens(self._template, self._text.spellings, tokenizer.eos_token_id, generation_stop_ids)
+        with bounded(PROBE):
+            self._stops = StopTokens(self._template, self._text.spellings, tokenizer.eos_token_id, generation_stop_ids)
         self.stop_ids = self._stops.ids
         self._proof = Proof(tokenizer, self._template, self._text, self.stop_ids)
         self.proof_seconds = 0.0
@@ -106,11 +114,13 @@ class Renderer:
         the row aside; `error` raises DataError with place, length and remedy. Raises SetAside where the row cannot be
         rendered exactly or holds no target.
         """
-        full, turns = self._turns(conversation, supervise)
-        drafts = self._drafts(full, turns, len(conversation.messages))
-        for draft in drafts:
-            example = draft.example()
-            self.prove(example, conversation, draft.turns)
+        first = targets(conversation, supervise)[0]
+        refuse_hopeless(conversation, first, max_length, over_length)
+        with bounded(bounds_for(conversation), conversation.place):
+            full, turns = self._turns(conversation, supervise)
+            drafts = drafts_of(self._text, full, turns, len(conversation.messages))
+            for draft in drafts:
+                self.prove(draft.example(), conversation, draft.turns)
         kept = [shortened(draft, max_length, over_length, conversation.place) for draft in drafts]
         if not any(draft.stretches for draft in kept):
             longest = max(len(draft.ids) for draft in drafts)
@@ -122,6 +132,7 @@ class Renderer:
             turns=num_turns,
             lost_turns=len(turns) - num_turns,
             lost_targets=sum(draft.num_targets() for draft in drafts) - sum(draft.num_targets() for draft in kept),
+            altered=Counter(kind for draft in kept for turn in draft.turns for kind in turn.altered),
         )
 
     def render_for_evaluation(
@@ -139,17 +150,15 @@ class Renderer:
         `max_prompt_length` (None: no limit) is set aside by name, or raises DataError under `error`. References are
         whole, but for `cut`, which cuts them at `max_new_tokens` and counts. Raises SetAside as `render` does.
         """
-        messages, tools = self._masked(conversation)
         order = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
+        with bounded(bounds_for(conversation), conversation.place):
+            drafts = self._drafts_for_evaluation(conversation, supervise)
         examples, set_aside, cut = [], [], 0
-        for index in self._assistant_targets(conversation, supervise):
-            turn = read_turn(self._template, self._stops, messages[: index + 1], tools, index, None)
-            check_context(self._template, messages, tools, turn)
-            draft = self._draft_alone(turn)
-            self.prove(draft.example(), conversation, [turn])
-            [(start, _)] = draft.stretches
+        altered: Counter[str] = Counter()
+        for draft in drafts:
+            [(start, _)], [turn] = draft.stretches, draft.turns
             prompt, reference = draft.ids[:start], draft.ids[start:]
-            number = order.index(index)
+            number = order.index(turn.index)
             if max_prompt_length is not None and start > max_prompt_length:
                 if over_length == "error":
                     raise too_long(conversation.place, start, "evaluation.max_prompt_length", max_prompt_length)
@@ -158,12 +167,14 @@ class Renderer:
             if over_length == "cut" and len(reference) > max_new_tokens:
                 reference, cut = reference[:max_new_tokens], cut + 1
             examples.append(EvalExample(prompt, reference, number))
-        return RenderedForEvaluation(tuple(examples), tuple(set_aside), cut)
+            altered.update(turn.altered)
+        return RenderedForEvaluation(tuple(examples), tuple(set_aside), cut, altered)
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """The ids of the whole conversation and the generation prompt after it."""
         messages, tools = self._masked(conversation)
-        return self._text.encode(self._template.render(messages, tools, prompt=True)).ids
+        with bounded(bounds_for(conversation)):
+            return self._text.encode(self._template.render(messages, tools, prompt=True)).ids
 
     def turns(self, conversation: Conversation, supervise: Supervise = "all") -> list[Turn]:
         """The supervised turns as text. Raises SetAside as `render` does."""
@@ -194,10 +205,28 @@ class Renderer:
         turns = []
         for index in indices:
             read = read_turn if conversation.messages[index].role == "assistant" else read_told
-            turns.append(read(self._template, self._stops, messages, tools, index, full))
+            turn = read(self._template, self._stops, messages, tools, index, full)
+            turns.append(self._with_alterations(turn, messages))
         for turn in (turns[0], turns[-1]) if len(turns) > 1 else turns:
             check_context(self._template, messages, tools, turn)
         return full, turns
+
+    def _drafts_for_evaluation(self, conversation: Conversation, supervise: Supervise) -> list[Draft]:
+        """One for each assistant turn that is a target, rendered as the last message and proved."""
+        messages, tools = self._masked(conversation)
+        drafts = []
+        for index in self._assistant_targets(conversation, supervise):
+            turn = read_turn(self._template, self._stops, messages[: index + 1], tools, index, None)
+            check_context(self._template, messages, tools, turn)
+            drafts.append(draft_alone(self._text, self._with_alterations(turn, messages)))
+            self.prove(drafts[-1].example(), conversation, drafts[-1].turns)
+        return drafts
+
+    def _with_alterations(self, turn: Turn, messages: Sequence[Mapping[str, Any]]) -> Turn:
+        if messages[turn.index]["role"] != "assistant":
+            return turn
+        kinds = alterations(turn.reply, messages[turn.index], self._text.spellings.values())
+        return replace(turn, altered=kinds) if kinds else turn
 
     def _assistant_targets(self, conversation: Conversation, supervise: Supervise) -> list[int]:
         """Those that a model answers: what a tool said may be learned, but is asked of no model."""
@@ -206,46 +235,6 @@ class Renderer:
         if not answers:
             raise SetAside(NO_TARGET)
         return answers
-
-    # ---- ids
-
-    def _drafts(self, full: str, turns: Sequence[Turn], num_messages: int) -> list[Draft]:
-        """One example of all turns that the full rendering holds as they are, then one for each other turn."""
-        last = turns[-1]
-        if last.index + 1 == num_messages and (last.prompt + last.reply).startswith(full):
-            full = last.prompt + last.reply  # a stop token was appended
-        encoded = self._text.encode(full)
-        shared, alone = Draft(encoded.ids, [], []), []
-        for turn in turns:
-            inside = full.startswith(turn.prompt) and full.startswith(turn.reply, len(turn.prompt))
-            stretch = self._stretch(encoded, turn) if inside else None
-            if stretch is None:
-                alone.append(self._draft_alone(turn))
-            else:
-                shared.stretches.append(stretch)
-                shared.turns.append(turn)
-        drafts = [shared, *alone] if shared.turns else alone
-        return sorted(drafts, key=lambda draft: draft.turns[0].index)
-
-    def _draft_alone(self, turn: Turn) -> Draft:
-        encoded = self._text.encode(turn.prompt + turn.reply)
-        stretch = self._stretch(encoded, turn)
-        if stretch is not None:
-            return Draft(encoded.ids, [stretch], [turn])
-        # A token straddles the end of the prompt: its ids win, since they are what inference will see.
-        prompt, reply = self._text.encode(turn.prompt).ids, self._text.encode_after_control(turn.reply)
-        return Draft(prompt + reply, [(len(prompt), len(prompt) + len(reply))], [turn])
-
-    def _stretch(self, encoded: Encoded, turn: Turn) -> tuple[int, int] | None:
-        """Where the turn's reply stands in the ids; None where its prompt, encoded alone, ends in other ids."""
-        boundary = len(turn.prompt)
-        start = bisect_left(encoded.starts, boundary)
-        end = bisect_left(encoded.starts, boundary + len(turn.reply))
-        # Control tokens cut the text before any merge: the ids up to the last one are the same in any case.
-        before = bisect_left(encoded.controls, start)
-        anchor = encoded.controls[before - 1] if before else 0
-        tail = self._text.encode_tail(turn.prompt[encoded.starts[anchor] :])
-        return (start, end) if encoded.ids[anchor:start] == tail else None
 
 
 def render(

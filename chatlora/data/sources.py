@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chatlora.config import Source
 from chatlora.data.conversation import Conversation, Message
@@ -25,6 +25,13 @@ MOST_PROBLEMS = 10_000  # reading stops after so many mistakes
 ENDINGS = ", ".join(READERS)
 OTHER_ENDINGS = (".txt", ".gz", ".zst", ".xz", ".zip", ".tar", ".arrow", ".xlsx", ".yaml", ".yml", ".md", ".py")
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(:[\w.-]+)?")
+
+
+class Unread(NamedTuple):
+    """A row that cannot be read, and why."""
+
+    place: str
+    problem: str
 
 
 def read_rows(source: Source, *, split: str = "train") -> Iterator[tuple[Mapping[str, Any], str]]:
@@ -43,21 +50,29 @@ def read_rows(source: Source, *, split: str = "train") -> Iterator[tuple[Mapping
         raise DataError(*problems)
 
 
-def read_conversations(source: Source, *, system: str | None = None, split: str = "train") -> Iterator[Conversation]:
+def read_conversations(
+    source: Source, *, system: str | None = None, split: str = "train", set_aside: list[Unread] | None = None
+) -> Iterator[Conversation]:
     """The conversations of a source, in order; `system` is put before those that have no system message.
 
-    After the first mistake it yields nothing more, looks for further ones, and raises one DataError with all.
+    `set_aside` takes the rows that cannot be read. Where there is none, or where nothing behind such a row can be read
+    either, it is a mistake: after the first one nothing more is yielded, further ones are looked for, and one DataError
+    is raised with all.
     """
     problems: list[str] = []
     for row, place in _rows(source, split):
-        conversation = None
+        conversation, found, ends = None, [], False
         if isinstance(row, BadRow):
-            problems.append(f"{place}: {row.problem}")
+            found, ends = [f"{place}: {row.problem}"], row.ends
         else:
             try:
                 conversation = parse_row(row, format=source.format, columns=source.columns, place=place)
             except DataError as error:
-                problems.extend(error.problems)
+                found = list(error.problems)
+        if found and set_aside is not None and not ends:
+            set_aside.append(Unread(place, "; ".join(problem.removeprefix(f"{place}: ") for problem in found)))
+        else:
+            problems += found
         if problems:
             _stop_at_too_many(problems)
         elif conversation is not None:
@@ -96,7 +111,7 @@ def _rows(source: Source, split: str) -> Rows:
         empty = False
         yield row, place
     if empty:
-        yield BadRow("holds no rows"), source.path
+        yield BadRow("holds no rows; was it written to the end, and is it the right file?", ends=True), source.path
 
 
 def _file_rows(files: list[tuple[Path, str]]) -> Rows:
@@ -104,7 +119,7 @@ def _file_rows(files: list[tuple[Path, str]]) -> Rows:
         try:
             yield from READERS[path.suffix.lower()](path, name)
         except OSError as error:
-            yield BadRow(f"cannot be read ({error.strerror or error})"), name
+            yield BadRow(f"cannot be read ({error.strerror or error}); look at its permissions", ends=True), name
 
 
 def _files(source: Source) -> list[tuple[Path, str]] | None:

@@ -15,9 +15,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from chatlora.config import Source
+from chatlora.config import OnBadRow, Source
 from chatlora.data.conversation import Conversation
-from chatlora.data.sources import fingerprint, read_conversations
+from chatlora.data.sources import Unread, fingerprint, read_conversations
 from chatlora.data.watching import watched
 from chatlora.errors import DataError
 
@@ -37,13 +37,13 @@ class Input:
         columns = sorted(source.columns.items())
         return [source.path, self.sha256, source.format, columns, source.split or self.split]
 
-    def conversations(self, system: str | None = None) -> Iterator[Conversation]:
-        return read_conversations(self.source, system=system, split=self.split)
+    def conversations(self, system: str | None = None, set_aside: list[Unread] | None = None) -> Iterator[Conversation]:
+        return read_conversations(self.source, system=system, split=self.split, set_aside=set_aside)
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """rows: how many each input has."""
+    """rows: how many that can be read each input has."""
 
     any_reasoning: bool
     rows: list[int]
@@ -53,30 +53,31 @@ def inputs_of(sources: Sequence[Source], split: str) -> list[Input]:
     return [Input(source, split, fingerprint(source, split=split)) for source in sources]
 
 
-def survey(inputs: Sequence[Input], cache_folder: Path) -> Survey:
+def survey(inputs: Sequence[Input], cache_folder: Path, on_bad_row: OnBadRow = "error") -> Survey:
     """Parse every row, or recall what that found. Raises one DataError with all mistakes of all sources."""
-    key = digest([code_digest(), [each.identity for each in inputs]])
+    key = digest([code_digest(), on_bad_row, [each.identity for each in inputs]])
     path = cache_folder / f"survey-{key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         try:
             return Survey(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
-            found = _look(inputs)  # not there yet, or broken
+            found = _look(inputs, on_bad_row)  # not there yet, or broken
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(asdict(found)), encoding="utf-8")
         partial.replace(path)
     return found
 
 
-def _look(inputs: Sequence[Input]) -> Survey:
+def _look(inputs: Sequence[Input], on_bad_row: OnBadRow) -> Survey:
     rows: list[int] = []
     problems: list[str] = []
     any_reasoning = False
     for each in inputs:
         rows.append(0)
+        set_aside: list[Unread] | None = None if on_bad_row == "error" else []
         try:
-            for conversation in watched(each.conversations(), f"reading {each.source.path}", None):
+            for conversation in watched(each.conversations(set_aside=set_aside), f"reading {each.source.path}", None):
                 rows[-1] += 1
                 any_reasoning = any_reasoning or any(message.reasoning for message in conversation.messages)
         except DataError as error:

@@ -1,6 +1,7 @@
 """A chat template, compiled once: messages -> text, under fixed keyword arguments and a fixed date.
 
-Templates are code from strangers. They run in transformers' immutable sandbox and see plain JSON values only.
+Templates are code from strangers. They run in transformers' immutable sandbox, see plain JSON values only, and are
+bounded in time, memory and output (limits.py).
 """
 
 import hashlib
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from datetime import date, datetime, time
 from typing import Any
 
+from chatlora.data.limits import PROBE, TOO_MUCH, bounded, check_output
 from chatlora.errors import ModelError, SetAside
 
 RAISES = "the chat template raises an error"
@@ -33,7 +35,7 @@ class ChatTemplate:
         `messages` as `template_messages` makes them. Raises SetAside with the template's own words.
         """
         try:
-            return str(
+            text = str(
                 self._compiled().render(
                     messages=messages,
                     tools=tools or None,
@@ -43,8 +45,12 @@ class ChatTemplate:
                     **{**self.special_tokens, **self.kwargs},
                 )
             )
+        except MemoryError as error:
+            raise SetAside(TOO_MUCH, "no memory is left for it") from error
         except Exception as error:  # a template may fail in any way that Python can
             raise SetAside(RAISES, f"{type(error).__name__}: {error}") from error
+        check_output(text, messages, tools)
+        return text
 
     def _strftime(self, form: str) -> str:
         return datetime.combine(self.date, time()).strftime(form)
@@ -81,7 +87,10 @@ def chat_template_of(tokenizer: Any, chat_template: str | None) -> str:
             "set `model.chat_template` to a Jinja file, e.g. the one of the model's chat version"
         )
     try:
-        _compile(template)
+        with bounded(PROBE):
+            _compile(template)  # which computes what is constant
+    except ModelError:
+        raise
     except Exception as error:  # jinja2 raises its own kinds, transformers ImportError for an old jinja2
         raise ModelError(f"the chat template does not compile: {error}; see `model.chat_template`") from error
     return str(template)

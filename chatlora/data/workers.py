@@ -6,9 +6,9 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 
 from chatlora.data.conversation import Conversation
@@ -18,6 +18,7 @@ from chatlora.errors import DataError, SetAside
 
 ROWS_PER_WORKER = 10_000  # with fewer, starting a worker (it imports and compiles for seconds) does not pay
 MAX_WORKERS = 16  # one process feeds them all
+SLOW_SECONDS = 5.0  # for one conversation; most take milliseconds
 PR_SET_PDEATHSIG = 1  # prctl(2)
 CHUNK = 64  # conversations handed over at a time
 CHUNKS_AHEAD = 8  # for each worker: it never waits for more, and memory holds no more
@@ -25,11 +26,15 @@ CHUNKS_AHEAD = 8  # for each worker: it never waits for more, and memory holds n
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One of three: rendered; set aside, with (reason, detail); or a mistake that the user must mend."""
+    """One of three: rendered; set aside, with (reason, detail); or a mistake that the user must mend.
+
+    seconds: what that took.
+    """
 
     rendered: Rendered | None = None
     set_aside: tuple[str, str] | None = None
     problems: tuple[str, ...] = ()
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,10 @@ class Work:
     max_length: int
     over_length: OverLength
     supervise: Supervise
+
+    def timed_outcome(self, conversation: Conversation) -> Outcome:
+        began = time.perf_counter()
+        return replace(self.outcome(conversation), seconds=time.perf_counter() - began)
 
     def outcome(self, conversation: Conversation) -> Outcome:
         try:
@@ -65,9 +74,28 @@ Done = tuple[list[Outcome], float, float]  # with seconds, and those spent in pr
 
 
 def outcomes(
+    conversations: Iterable[tuple[int, Conversation]],
+    work: Work,
+    workers: int,
+    effort: Effort,
+    say: Callable[[str], None],
+) -> Iterator[tuple[int, Conversation, Outcome]]:
+    """(source, conversation, outcome), in the order of `conversations`. With fewer than two workers: all of it here.
+
+    A conversation that takes seconds is said, once.
+    """
+    said = False
+    for source, conversation, outcome in _outcomes(conversations, work, workers, effort):
+        if outcome.seconds > SLOW_SECONDS and not said:
+            said = True
+            size = f"{len(conversation.messages):,} messages"
+            say(f"{conversation.place}: rendering took {outcome.seconds:.0f} seconds ({size}); others may as well")
+        yield source, conversation, outcome
+
+
+def _outcomes(
     conversations: Iterable[tuple[int, Conversation]], work: Work, workers: int, effort: Effort
 ) -> Iterator[tuple[int, Conversation, Outcome]]:
-    """(source, conversation, outcome), in the order of `conversations`. With fewer than two workers: all of it here."""
     if workers < 2:
         for chunk in _chunks(conversations):
             yield from _counted(chunk, _run(work, [conversation for _, conversation in chunk]), effort)
@@ -113,7 +141,7 @@ def _counted(
 
 def _run(work: Work, conversations: Sequence[Conversation]) -> Done:
     began, proof_began = time.perf_counter(), work.renderer.proof_seconds
-    found = [work.outcome(conversation) for conversation in conversations]
+    found = [work.timed_outcome(conversation) for conversation in conversations]
     return found, time.perf_counter() - began, work.renderer.proof_seconds - proof_began
 
 

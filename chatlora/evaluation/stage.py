@@ -138,7 +138,8 @@ def _tokenizer_source(model: ModelConfig, adapter: Path | None) -> ModelConfig:
 
 def _renderer(request: Request, tokenizer: PreTrainedTokenizerBase) -> Renderer:
     # A run's config says what its template was told, whatever the test rows carry.
-    any_reasoning = request.of_run or survey(inputs_of(_sources(request), "test"), cache_root() / "data").any_reasoning
+    inputs, cache = inputs_of(_sources(request), "test"), cache_root() / "data"
+    any_reasoning = request.of_run or survey(inputs, cache, request.config.data.on_bad_row).any_reasoning
     return renderer_for(tokenizer, request.config.model, any_reasoning=any_reasoning)
 
 
@@ -152,6 +153,7 @@ def _samples(request: Request, renderer: Renderer) -> tuple[list[EvalSample], di
         over_length=config.data.over_length,
         supervise=config.data.supervise,
         system=config.data.system,
+        on_bad_row=config.data.on_bad_row,
     )
     return samples, ledger
 
