@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from chatlora.data.control_text import is_masked
+from chatlora.data.control_text import unmask
 from chatlora.errors import SetAside
 
 DROPS = "the chat template drops "
@@ -33,7 +33,7 @@ def reply_parts(message: Mapping[str, Any]) -> Iterator[Part]:
 
 def end_of_parts(text: str, parts: Iterator[Part]) -> int:
     """Where the last of the parts ends in `text`. Raises SetAside naming the kind of the first that is not in it."""
-    end = 0
+    end, text = 0, unmask(text)  # of the same length; a template may escape what stands beside masked text
     for kind, value in parts:
         spelling = next((form for form in _forms(value) if form in text), None)
         if spelling is None:
@@ -47,11 +47,12 @@ def check_prompt(prompt: str, messages: Sequence[Mapping[str, Any]], tools: Sequ
 
     Raises SetAside naming what was dropped.
     """
+    visible = unmask(prompt)
     end_of_parts(prompt, ((TOOLS, tool.get("function", tool).get(_told_by(tool), "")) for tool in tools))
     for message in messages:
         if message["role"] == "assistant":
             end_of_parts(prompt, (part for part in reply_parts(message) if part[0] != REASONING))
-        elif not any(form in prompt for form in _forms(message["content"])):
+        elif not any(form in visible for form in _forms(message["content"])):
             raise SetAside(f"{DROPS}a {message['role']} message")
 
 
@@ -128,10 +129,10 @@ def _leaves(value: Any) -> Iterator[Any]:
 def _forms(value: Any) -> Iterator[str]:
     """The ways in which templates spell a value: as it is, inside JSON, as Python prints it."""
     if isinstance(value, str):
+        value = unmask(value)
         yield value.strip()
         yield json.dumps(value, ensure_ascii=False)[1:-1].strip()
-        if not is_masked(value):  # escaped to ASCII, masked text could not be moved back
-            yield json.dumps(value)[1:-1]
+        yield json.dumps(value)[1:-1]
         yield repr(value)[1:-1]
     else:
         yield json.dumps(value)

@@ -97,10 +97,7 @@ class Proof:
         if not self._same(spelled, reply):
             raise SetAside(REPLY if self._can_spell(reply) else CANNOT_SPELL)
         for message in messages:
-            try:
-                end_of_parts(spelled, reply_parts(message))
-            except SetAside:  # a normalizer may change the text; it may also put a space before each part of it
-                end_of_parts(self._normalized(spelled), reply_parts(self._normalized(message)))
+            end_of_parts(self._normalized(spelled), reply_parts(self._normalized(message)))
 
     def _opens_next(self, id: int, index: int, messages: Sequence[dict[str, Any]]) -> bool:
         """Whether a control token may be the role of the message after `messages[index]`: the GLM family's stop."""
@@ -169,7 +166,8 @@ class Proof:
         if normalizer is None:
             return value
         if isinstance(value, str):
-            return normalizer.normalize_str(value)
+            # Some put a space in front of any text; in front of a part of a text there is none.
+            return normalizer.normalize_str(value).removeprefix(normalizer.normalize_str("x").removesuffix("x"))
         if isinstance(value, dict):
             return {key: self._normalized(item) for key, item in value.items()}
         return [self._normalized(item) for item in value] if isinstance(value, list) else value
