@@ -1,9 +1,11 @@
 """Fixtures that several test files share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.fork_server import ForkServer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -45,3 +47,11 @@ def run(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
         return tmp_path / name
 
     return train_here
+
+
+@pytest.fixture(scope="session")
+def server(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Training processes in their hundreds, that can be killed and signalled. They share the world's cache."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with ForkServer(log, CHATLORA_CACHE=str(world / "cache")) as started:
+        yield started

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -61,10 +61,24 @@ class ForkServer:
         script: str = "train",
         at: At | None = None,
         trace: Path | None = None,
+        broken: str | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> list[int]:
-        """The process ids of the ranks. trace: a folder in which each rank notes the examples of each micro-batch."""
+        """The process ids of the ranks.
+
+        trace: a folder in which each rank notes the examples of each micro-batch. broken: Python that breaks the
+        program, to see a test catch it.
+        """
         port = _free_port()
-        request = {"argv": list(argv), "cwd": str(cwd), "script": script, "at": at, "log": str(self.log)}
+        request = {
+            "argv": list(argv),
+            "cwd": str(cwd),
+            "script": script,
+            "at": at,
+            "broken": broken,
+            "environment": environment,
+        }
+        request["log"] = str(self.log)
         request["trace"] = None if trace is None else str(trace)
         return [self._ask({**request, "rank": rank, "ranks": ranks, "port": port}) for rank in range(ranks)]
 
@@ -161,6 +175,9 @@ def play(request: dict[str, Any]) -> int:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(request["port"])}
     if request["trace"]:
         note_examples(Path(request["trace"]) / f"rank-{request['rank']}.jsonl")
+    os.environ |= request["environment"] or {}
+    if request["broken"]:
+        exec(request["broken"], {})
     if request["at"]:
         at = At(*request["at"])
         if at.rank in (None, request["rank"]):

@@ -1,0 +1,293 @@
+"""SIGTERM, SIGINT and SIGUSR1, wherever they arrive: what is finished is saved, status.json says so, exit status 75."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from chatlora.errors import Stopped
+from chatlora.run_directory import LOG, VALIDATION, read_log, read_status
+from chatlora.training.checkpoint import published, step_of
+from chatlora.training.signals import StopSignals
+from tests.fork_server import REPOSITORY, At, ForkServer
+
+STEPS = 10
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+STEP = "chatlora.training.runtime:Runtime.clip_gradients"
+VALIDATES = "chatlora.training.runtime:Runtime.in_order"
+SAVES = "chatlora.training.state:write_checkpoint"
+BUILDS = "chatlora.data.rendering:Renderer.render"
+RENDERS = "jinja2:Template.render"  # within whatever guards against what a template may raise
+EXPORTS = "chatlora.training.stage:put_away"
+LOADS = "chatlora.training.stage:load_base_model"
+
+
+@pytest.fixture
+def argv(world: Path) -> list[str]:
+    return [str(world / "my.yaml"), "--checkpoint.every_steps", "3", "--run.output_dir", "run"]
+
+
+def saved(folder: Path) -> list[int]:
+    return [step_of(home) for home in published(folder / "run" / "checkpoints")]
+
+
+def stops_and_goes_on(
+    server: ForkServer, argv: list[str], folder: Path, ranks: int, at: At, step: int | None, validations: list[int]
+) -> None:
+    """step: after which the run stops, saved; None: before the first. validations: those that are logged by then."""
+    before = server.log.stat().st_size if server.log.exists() else 0
+    assert server.run(argv, folder, ranks=ranks, at=at) == [75] * ranks
+    status = read_status(folder / "run")
+    assert (status["state"], status["step"]) == ("stopped", step or 0)
+    assert saved(folder)[-1:] == ([] if step is None else [step])
+    assert [line["step"] for line in read_log(folder / "run" / LOG)] == list(range(1, (step or 0) + 1))
+    assert [line["step"] for line in read_log(folder / "run" / VALIDATION)] == validations
+    told = server.log.read_text()[before:]
+    assert "Traceback" not in told
+    assert status["message"] in told
+    assert server.run(argv, folder, ranks=ranks) == [0] * ranks
+    assert read_status(folder / "run")["state"] == "done"
+    assert [line["step"] for line in read_log(folder / "run" / LOG)] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in read_log(folder / "run" / VALIDATION)] == [3, 6, 9, 10]
+
+
+# place, call -> the step after which the run stops, and the validations that are there by then
+MOMENTS = {
+    "loading": (LOADS, 1, None, []),
+    "training": (STEP, 5, 5, [3]),
+    "a step before a validation": (STEP, 6, 6, [3]),
+    "validation": (VALIDATES, 2, 6, [3]),
+    "saving": (SAVES, 2, 7, [3, 6]),  # noticed by the step after it
+    "the last validation": (VALIDATES, 4, 10, [3, 6, 9]),
+    "the last save": (SAVES, 4, 10, [3, 6, 9, 10]),
+    "putting the adapter away": (EXPORTS, 1, 10, [3, 6, 9, 10]),
+}
+FAST = [
+    ("SIGTERM", "loading", 1),
+    ("SIGTERM", "training", 1),
+    ("SIGINT", "training", 1),
+    ("SIGUSR1", "training", 2),
+    ("SIGTERM", "validation", 2),
+    ("SIGTERM", "the last save", 1),
+]
+ALL = [(name, moment, ranks) for name in SIGNALS for moment in MOMENTS for ranks in (1, 2)]
+
+
+@pytest.mark.parametrize(("name", "moment", "ranks"), FAST)
+def test_a_signal_stops_the_run_with_everything_saved(
+    server: ForkServer, argv: list[str], tmp_path: Path, name: str, moment: str, ranks: int
+) -> None:
+    place, call, step, validations = MOMENTS[moment]
+    # In the loop one rank is told, and the others learn it. Elsewhere the launcher tells all of them.
+    rank = ranks - 1 if moment in ("training", "validation") else None
+    stops_and_goes_on(server, argv, tmp_path, ranks, At(name, place, call, rank), step, validations)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "moment", "ranks"), [each for each in ALL if each not in FAST])
+def test_every_signal_at_every_moment(
+    server: ForkServer, argv: list[str], tmp_path: Path, name: str, moment: str, ranks: int
+) -> None:
+    if ranks == 2 and moment == "putting the adapter away":
+        pytest.skip("the second process has nothing to put away and has ended by then")
+    place, call, step, validations = MOMENTS[moment]
+    stops_and_goes_on(server, argv, tmp_path, ranks, At(name, place, call), step, validations)
+
+
+def test_a_signal_while_data_is_built(server: ForkServer, argv: list[str], tmp_path: Path) -> None:
+    """With a cache of its own, so that there is something to build; what is half built is built anew.
+
+    The signal arrives inside a template, of which nearly every exception makes a row that is set aside.
+    """
+    mine = {"environment": {"CHATLORA_CACHE": str(tmp_path / "cache")}}
+    assert server.run(argv, tmp_path, at=At("SIGTERM", RENDERS, 20), **mine) == [75]
+    assert read_status(tmp_path / "run") == {"state": "stopped", "step": 0, "message": "stopped on SIGTERM"}
+    # One process builds while the other one waits for it; both are told, as launchers do.
+    pids = server.start(argv, tmp_path, ranks=2, at=At("SIGSTOP", BUILDS, 20), **mine)
+    wait_until(lambda: any(_is_stopped(pid) for pid in pids))
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGCONT)
+    assert server.wait(pids) == [75, 75]
+    assert read_status(tmp_path / "run")["state"] == "stopped"
+    assert server.run(argv, tmp_path, **mine) == [0]
+    (account,) = json.loads((tmp_path / "run" / "ledger.json").read_text())["sources"]
+    assert account["set_aside"] == []
+
+
+def test_a_stop_that_is_an_exception_like_others_is_caught(server: ForkServer, argv: list[str], tmp_path: Path) -> None:
+    """The broken variant: the row is set aside, and the run goes on."""
+    ordinary = (
+        "from chatlora.training import signals\nclass Stopped(Exception): exit_status = 75\nsignals.Stopped = Stopped"
+    )
+    mine = {"environment": {"CHATLORA_CACHE": str(tmp_path / "cache")}}
+    assert server.run(argv, tmp_path, at=At("SIGTERM", RENDERS, 20), broken=ordinary, **mine) != [75]
+
+
+def test_a_stop_obeyed_on_the_spot_is_caught(server: ForkServer, argv: list[str], tmp_path: Path) -> None:
+    """The broken variant: what was done since the last checkpoint is lost."""
+    on_the_spot = (
+        "import contextlib\n"
+        "from chatlora.training.signals import StopSignals\n"
+        "StopSignals.noted = lambda signals: contextlib.nullcontext()"
+    )
+    assert server.run(argv, tmp_path, at=At("SIGTERM", STEP, 5), broken=on_the_spot) == [75]
+    assert saved(tmp_path) == [3]
+
+
+def _is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.01)
+
+
+def test_a_validation_cut_short_twice_is_made_in_the_end(server: ForkServer, argv: list[str], tmp_path: Path) -> None:
+    for call in (2, 1, 1):
+        assert server.run(argv, tmp_path, at=At("SIGTERM", VALIDATES, call)) == [75]
+        assert saved(tmp_path)[-1] == 6
+        assert [line["step"] for line in read_log(tmp_path / "run" / VALIDATION)] == [3]
+    assert server.run(argv, tmp_path) == [0]
+    assert [line["step"] for line in read_log(tmp_path / "run" / VALIDATION)] == [3, 6, 9, 10]
+
+
+@pytest.fixture
+def evaluated(server: ForkServer, world: Path, argv: list[str], tmp_path: Path) -> Path:
+    """A finished run with test rows."""
+    lines = (world / "rows.jsonl").read_text(encoding="utf-8").splitlines()[:8]
+    (tmp_path / "test.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    argv += ["--optim.max_steps", "2", "--data.test", "test.jsonl", "--evaluation.max_new_tokens", "8"]
+    assert server.run(argv, tmp_path) == [0]
+    return tmp_path
+
+
+def test_a_signal_during_generation_is_told_by_status_json(server: ForkServer, evaluated: Path) -> None:
+    for name, ranks in (("SIGTERM", 1), ("SIGINT", 1), ("SIGTERM", 2)):
+        at = At(name, "transformers:GenerationMixin.generate", 1)
+        assert server.run(["run"], evaluated, script="evaluate", ranks=ranks, at=at) == [75] * ranks
+        status = json.loads((evaluated / "run" / "eval" / "test" / "status.json").read_text())
+        assert status["state"] == "stopped"
+        assert read_status(evaluated / "run")["state"] == "done", "evaluate.py never writes the run's own files"
+    assert server.run(["run"], evaluated, script="evaluate") == [0]
+
+
+# ---- what the handler does
+
+
+def test_only_the_first_signal_interrupts() -> None:
+    before = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
+    signals = StopSignals()
+    signals.install()
+    try:
+        with pytest.raises(Stopped, match="stopped on SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # a launcher repeats itself: nothing is raised
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.requested
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def test_no_library_swallows_the_stop() -> None:
+    assert not issubclass(Stopped, Exception)
+
+
+def test_a_second_interrupt_during_a_step_leaves_at_once(server: ForkServer, argv: list[str], tmp_path: Path) -> None:
+    twice = (
+        "import os, signal\n"
+        "from chatlora.training.runtime import Runtime\n"
+        "real = Runtime.backward\n"
+        "def twice(runtime, loss):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    real(runtime, loss)\n"
+        "Runtime.backward = twice"
+    )
+    assert server.run(argv, tmp_path, broken=twice) == [-signal.SIGINT]
+
+
+# ---- who is told: shells and launchers
+
+
+def start(command: list[str], folder: Path, cache: Path, **options: object) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "CHATLORA_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    log = (folder / "log").open("wb")
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def launched(config: str, processes: int, *arguments: str) -> list[str]:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(REPOSITORY / "accelerate_configs" / config), "--num_processes", str(processes)]
+    return [*command, "--main_process_port", "0", str(REPOSITORY / "train.py"), *arguments]
+
+
+LONG = ("--optim.epochs", "2000")
+
+
+def has_begun(folder: Path) -> bool:
+    return bool(read_log(folder / "run" / LOG))
+
+
+def is_over(folder: Path) -> bool:
+    return read_status(folder / "run").get("state") != "running"
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("config", "processes", "name"),
+    [
+        ("cpu.yaml", 1, "SIGTERM"),
+        pytest.param("cpu.yaml", 1, "SIGINT", marks=pytest.mark.slow),
+        pytest.param("cpu.yaml", 1, "SIGUSR1", marks=pytest.mark.slow),
+        pytest.param("cpu.yaml", 1, "SIGKILL", marks=pytest.mark.slow),
+        pytest.param("multi_gpu.yaml", 2, "SIGTERM", marks=pytest.mark.slow),
+        pytest.param("multi_gpu.yaml", 2, "SIGINT", marks=pytest.mark.slow),
+        pytest.param("multi_gpu.yaml", 2, "SIGUSR1", marks=pytest.mark.slow),
+        pytest.param("multi_gpu.yaml", 2, "SIGKILL", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_the_launcher_alone_stops_the_run(
+    world: Path, argv: list[str], tmp_path: Path, config: str, processes: int, name: str
+) -> None:
+    """One process: the launcher passes nothing on. SIGUSR1 and SIGKILL: no launcher passes them on. It dies of them."""
+    launcher = start(launched(config, processes, *argv, *LONG), tmp_path, world / "cache")
+    wait_until(lambda: has_begun(tmp_path), 120)
+    workers = children_of(launcher.pid)
+    assert len(workers) >= processes
+    launcher.send_signal(getattr(signal, name))
+    assert launcher.wait(timeout=60) != 0
+    wait_until(lambda: is_over(tmp_path))
+    status = read_status(tmp_path / "run")
+    assert status["state"] == "stopped"
+    assert saved(tmp_path)[-1] == status["step"] == read_log(tmp_path / "run" / LOG)[-1]["step"]
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+def test_a_run_that_a_shell_started_outlives_its_shell(world: Path, argv: list[str], tmp_path: Path) -> None:
+    command = " ".join([sys.executable, str(REPOSITORY / "train.py"), *argv, *LONG])
+    shell = start(["bash", "-c", f"nohup {command} & echo $! > pid; sleep 100"], tmp_path, world / "cache")
+    wait_until(lambda: has_begun(tmp_path), 120)
+    process = int((tmp_path / "pid").read_text())
+    shell.kill()
+    shell.wait()
+    step = read_log(tmp_path / "run" / LOG)[-1]["step"]
+    wait_until(lambda: read_log(tmp_path / "run" / LOG)[-1]["step"] > step + 3)
+    assert read_status(tmp_path / "run")["state"] == "running"
+    os.kill(process, signal.SIGTERM)
+    wait_until(lambda: is_over(tmp_path))
+    assert read_status(tmp_path / "run")["state"] == "stopped"
