@@ -16,7 +16,7 @@ Stopped                  exit status 75: a signal asked the run to stop
 import difflib
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Self
+from typing import NamedTuple, Self
 
 SHOWN = 20  # problems of one kind that are spelled out; the rest are counted
 
@@ -34,6 +34,16 @@ class ChatLoraError(Exception):
 
     def __str__(self) -> str:
         return block(self.title, self.problems)
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong: the setting by the name its user knows, and a sentence with reason and remedy."""
+
+    setting: str
+    sentence: str
+
+    def __str__(self) -> str:
+        return f"{self.setting}: {self.sentence}"
 
 
 class ConfigError(ChatLoraError):

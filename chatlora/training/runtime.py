@@ -5,23 +5,27 @@ import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import accelerate
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import nn
 
 from chatlora.config import Config, RunConfig
 from chatlora.data.batches import Indices, in_order
 from chatlora.data.collate import pack, pad_right
 from chatlora.data.dataset import ExampleSet
-from chatlora.errors import LaunchError
+from chatlora.errors import LaunchError, Problem
+from chatlora.training import engines
+from chatlora.training.deepspeed_settings import engine_settings, notes
+from chatlora.training.facts import facts_of, is_installed
+from chatlora.training.launch import check_launch
 from chatlora.training.signals import StopSignals
 
 MicroBatch = Mapping[str, Any]
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,9 @@ class Runtime:
     dtype: torch.dtype  # of the base model; the adapter, its gradients and moments are fp32 in any case
     signals: StopSignals
     token_budget: int  # of one micro-batch on one process
+    notes: tuple[str, ...] = ()  # what the launcher's settings said and is decided here
     padded: bool = False  # batches are right-padded instead of packed
+    loads_spread: Any = None  # zero3: while it lives, transformers spreads a model over the processes as it loads it
 
     @property
     def rank(self) -> int:
@@ -52,7 +58,7 @@ class Runtime:
 
     @property
     def engine(self) -> str:
-        return "single" if self.accelerator.distributed_type == DistributedType.NO else "ddp"
+        return engines.engine_of(self.accelerator)
 
     @property
     def precision(self) -> str:
@@ -61,6 +67,10 @@ class Runtime:
     @property
     def autocast_dtype(self) -> torch.dtype | None:
         return None if self.dtype == torch.float32 else self.dtype
+
+    def place(self, model: ModelT) -> ModelT:
+        """Onto the device, where the engine does not do that itself, a part to each process."""
+        return model if self.engine in ("zero3", "fsdp2") else model.to(self.device)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         prepared: tuple[nn.Module, torch.optim.Optimizer] = self.accelerator.prepare(model, optimizer)
@@ -111,11 +121,17 @@ class Runtime:
             yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Gradients add up over micro-batches and ranks."""
-        self.accelerator.backward(loss * self.num_processes)  # every engine averages over ranks
+        """Gradients add up over micro-batches and ranks. DeepSpeed also updates, in a step's last one.
+
+        An infinite loss may have a finite gradient, which DeepSpeed would apply: it becomes NaN here, 0 * inf.
+        """
+        self.accelerator.backward(loss * (self.num_processes + 0 * loss.detach()))  # every engine averages over ranks
 
     def clip_gradients(self, model: nn.Module, max_grad_norm: float) -> float:
-        """The global norm before clipping. Waits for the device: once a step."""
+        """The global norm before clipping. Waits for the device: once a step.
+
+        DeepSpeed has clipped already, to the same norm, and where it is not finite, moved nothing on any rank.
+        """
         return float(self.accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
 
     def sum(self, *values: torch.Tensor) -> list[float]:
@@ -130,11 +146,35 @@ class Runtime:
         """Rank 0's answer, on every rank."""
         return self.share("yes" if answer else "") == "yes"
 
-    def spread(self, like: torch.Tensor, value: torch.Tensor | None) -> torch.Tensor:
-        """Rank 0's value on every rank; the others give None. `like`: shape, dtype and device."""
-        here = torch.empty_like(like) if value is None else value.to(like)
+    def spread(self, shape: torch.Size, value: torch.Tensor | None) -> torch.Tensor:
+        """Rank 0's fp32 tensor on every rank; the others give None."""
+        here = torch.empty(shape, device=self.device) if value is None else value.to(self.device, torch.float32)
         whole: torch.Tensor = accelerate.utils.broadcast(here) if self.num_processes > 1 else here
         return whole
+
+    def reshard(self, model: nn.Module) -> None:
+        """Before parameters are read or written: those that a forward pass left gathered are spread again."""
+        engines.reshard(model)
+
+    def read(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """The whole weight and its moments, fp32 copies on the CPU."""
+        return engines.read(self.accelerator, optimizer, parameter)
+
+    def write(
+        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, step: int, values: Mapping[str, torch.Tensor]
+    ) -> None:
+        """What `read` gave, back into its place; the same values on every rank."""
+        engines.write(self.accelerator, optimizer, parameter, step, values)
+
+    def make_moments(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Have an engine that makes its moments in its first step make them now, in a step that moves nothing."""
+        if engines.has_moments(self.accelerator, optimizer):
+            return
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        filler = self.to_device((pad_right if self.padded else pack)([]))
+        with self.accumulating(model, last=True):
+            self.backward(model(**filler))
 
     def share(self, text: str) -> str:
         """Rank 0's text, on every rank. Sent as bytes: nothing is unpickled."""
@@ -164,38 +204,51 @@ class Runtime:
 
 
 def start(config: Config) -> Runtime:
-    """The Runtime for whatever launched this process: python, torchrun or accelerate launch, on GPU or CPU."""
+    """The Runtime for whatever launched this process: python, torchrun or accelerate launch, on GPU or CPU.
+
+    Raises LaunchError, before anything is loaded, where the launch is not what was meant or contradicts the settings.
+    """
     signals = StopSignals()
     signals.install()
-    on_cpu = not torch.accelerator.is_available()
-    launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision="no",  # precision lives in the model: frozen base bf16, adapter fp32, autocast in TargetLoss
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if on_cpu and launched else None)],
-    )
-    _refuse_other_engines(accelerator)
-    if on_cpu:
-        # `accelerate launch` exports OMP_NUM_THREADS=1, whatever the machine has.
-        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = config.run.cpu_threads
-        torch.set_num_threads(max(1, cores // processes_here) if threads == "auto" else threads)
+    facts = facts_of(config)
+    _refuse(check_launch(facts))
+    if facts.deepspeed is not None and not is_installed("deepspeed"):
+        raise LaunchError(
+            'DeepSpeed was asked for and is not installed: pip install -c constraints.txt -e ".[deepspeed]"'
+        )
+    settings = None if facts.deepspeed is None else engine_settings(facts.deepspeed, config.optim.max_grad_norm)
+    accelerator = engines.start_accelerator(settings)
+    facts = replace(facts, engine=engines.engine_of(accelerator), num_processes=int(accelerator.num_processes))
+    _refuse(check_launch(facts))
     device = torch.device(accelerator.device)
-    return Runtime(accelerator, resolve_precision(config.run, device), signals, token_budget(config, device))
+    if device.type == "cpu":
+        _use_cores(config.run.cpu_threads, accelerator.num_processes)
+    dtype = resolve_precision(config.run, device)
+    return Runtime(
+        accelerator,
+        dtype,
+        signals,
+        token_budget(config, device),
+        notes=tuple(notes(facts.deepspeed or {})),
+        loads_spread=engines.load_spread(accelerator, dtype) if facts.engine == "zero3" else None,
+    )
+
+
+def _refuse(problems: Sequence[Problem]) -> None:
+    if problems:
+        raise LaunchError(*map(str, problems))
+
+
+def _use_cores(threads: Literal["auto"] | int, num_processes: int) -> None:
+    """`accelerate launch` exports OMP_NUM_THREADS=1, whatever the machine has."""
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // processes_here) if threads == "auto" else threads)
 
 
 def resolve_precision(run: RunConfig, device: torch.device) -> torch.dtype:
-    """The base model's dtype. Raises LaunchError where the launcher and the setting contradict each other."""
+    """The base model's dtype."""
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launcher in ("fp16", "fp8"):
-        raise LaunchError(
-            f"accelerate's mixed_precision is {launcher}, which chatlora does not train in (a loss scaler is state "
-            f"that a checkpoint would have to carry): say bf16 or no"
-        )
-    if launcher == "bf16" and run.precision == "fp32":
-        raise LaunchError("accelerate's mixed_precision is bf16 but run.precision is fp32: change one of them")
     if run.precision == "fp32":
         return torch.float32
     if run.precision == "bf16" or launcher == "bf16" or multiplies_bf16(device):
@@ -218,16 +271,3 @@ def multiplies_bf16(device: torch.device) -> bool:
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return False
-
-
-def _refuse_other_engines(accelerator: Accelerator) -> None:
-    asked = [
-        name
-        for name, variable in (("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"), ("FSDP", "ACCELERATE_USE_FSDP"))
-        if os.environ.get(variable) == "true"
-    ]
-    if asked:
-        raise LaunchError(f"{asked[0]} was asked for, which this version does not run yet: use multi_gpu.yaml")
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != world_size:
-        raise LaunchError(f"{world_size} processes were launched, but {accelerator.num_processes} found each other")

@@ -12,6 +12,7 @@ from chatlora.config import CheckpointConfig
 from chatlora.errors import CheckpointError
 from chatlora.model.lora import trainable
 from chatlora.model.loss import TargetLoss
+from chatlora.model.spread import full_shape
 from chatlora.run_directory import RunDirectory
 from chatlora.training.checkpoint import (
     MOMENTS,
@@ -23,6 +24,7 @@ from chatlora.training.checkpoint import (
     sweep,
     write_checkpoint,
 )
+from chatlora.training.engines import WEIGHT
 from chatlora.training.runtime import Runtime
 
 
@@ -65,9 +67,15 @@ def restore_newest(
 
 def adapter_parameters(runtime: Runtime, model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter's parameters under PEFT's names, out of whatever an engine wrapped around the loss."""
+    runtime.reshard(model)
     loss = runtime.unwrap(model)
     assert isinstance(loss, TargetLoss)
     return trainable(loss.model)
+
+
+def gather_adapter(runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """The whole adapter on the CPU, fp32, by parameter name."""
+    return gather(runtime, model, optimizer, 0).adapter
 
 
 def gather(runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Checkpoint:
@@ -75,30 +83,26 @@ def gather(runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer,
     adapter: Tensors = {}
     moments: dict[str, Tensors] = {kind: {} for kind in MOMENTS}
     for name, parameter in adapter_parameters(runtime, model).items():
-        adapter[name] = parameter.detach().to("cpu", copy=True)
+        found = runtime.read(optimizer, parameter)
+        adapter[name] = found[WEIGHT]
         for kind in MOMENTS:
-            # AdamW makes moments at a parameter's first gradient; a layer that no batch reaches never has one.
-            moment = optimizer.state[parameter].get(kind)
-            moments[kind][name] = torch.zeros(parameter.shape) if moment is None else moment.to("cpu", copy=True)
+            moments[kind][name] = found[kind]
     return Checkpoint(step, adapter, moments)
 
 
-@torch.no_grad()
 def _scatter(
     runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, state: Checkpoint | None
 ) -> None:
     """Rank 0's state onto every rank, one tensor at a time."""
     parameters = adapter_parameters(runtime, model)
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    shapes = {name: full_shape(parameter) for name, parameter in parameters.items()}
     if state is not None and {name: tensor.shape for name, tensor in state.adapter.items()} != shapes:
         raise CheckpointError(f"the checkpoint of step {step} holds another adapter than this configuration makes")
+    runtime.make_moments(model, optimizer)
     for name, parameter in parameters.items():
-        parameter.copy_(runtime.spread(parameter, None if state is None else state.adapter[name]))
-        moments = {kind: None if state is None else state.moments[kind][name] for kind in MOMENTS}
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(step), device=parameter.device),
-            **{kind: runtime.spread(parameter, value) for kind, value in moments.items()},
-        }
+        known = {} if state is None else {WEIGHT: state.adapter[name], **{k: state.moments[k][name] for k in MOMENTS}}
+        values = {kind: runtime.spread(shapes[name], known.get(kind)) for kind in (WEIGHT, *MOMENTS)}
+        runtime.write(optimizer, parameter, step, values)
 
 
 def _find(resume: str, run: RunDirectory) -> Checkpoint | None:
