@@ -149,14 +149,18 @@ def _unpickle(path: Path) -> dict[str, Any]:
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"{path}: holds more than tensors, and loading that could run code ({str(error).splitlines()[0]}); "
+            f"{path}: holds more than tensors, and loading that could run code ({_first_line(error)}); "
             "fetch the original weights, best as safetensors"
         ) from None
     except (RuntimeError, EOFError, OSError) as error:
-        raise ModelError(f"{path}: cannot be read ({str(error).splitlines()[0]}); fetch it again") from None
+        raise ModelError(f"{path}: cannot be read ({_first_line(error)}); fetch it again") from None
     if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
         raise ModelError(f"{path}: is no table of tensors by name")
     return weights
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def refuse_types(path: Path, types: Mapping[str, str]) -> None:
