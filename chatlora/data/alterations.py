@@ -29,6 +29,8 @@ def alterations(reply: str, message: Mapping[str, Any], spellings: Iterable[str]
     said = _without_stop(reply, spellings)
     text = content if content in said else content.strip()
     before, there, after = said.rpartition(text)
+    if text != content:  # what is left of its own space is not put in
+        before, after = before.rstrip(), after.lstrip()
     if there and before and not thought.strip():
         found.append(f"{_shown(before)} is put before {TEXT}")
     if there and after:
