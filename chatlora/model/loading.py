@@ -20,6 +20,8 @@ from chatlora.data.rendering import Renderer
 from chatlora.data.template import chat_template_of, resolve_template_kwargs
 from chatlora.errors import ModelError
 from chatlora.model.demo import embedded_model
+from chatlora.model.lora import without_false_alarms
+from chatlora.model.serving import names_from_checkpoint
 
 EMBEDDED = "embedded:"
 
@@ -93,7 +95,9 @@ def load_for_inference(
 
 def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
     """The base with an adapter on it, frozen, in fp32; every tensor of the adapter must find its place."""
-    model = PeftModel.from_pretrained(base, str(adapter), is_trainable=False, autocast_adapter_dtype=True)
+    mapping = names_from_checkpoint(base)
+    with without_false_alarms():
+        model = PeftModel.from_pretrained(base, str(adapter), is_trainable=False, key_mapping=mapping or None)
     return model.eval()
 
 

@@ -1,9 +1,10 @@
-"""The adapter: put onto a base model, described, saved."""
+"""The adapter: put onto a base model, described."""
 
 import re
 import warnings
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -55,6 +56,16 @@ def add_lora(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
             raise ModelError(f"lora.target_modules: {error}") from None
     assert all(parameter.dtype == torch.float32 for parameter in trainable(model).values())
     return model
+
+
+@contextmanager
+def without_false_alarms() -> Iterator[None]:
+    """Within, PEFT 0.21 keeps two warnings to itself that are of its own making."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        # It looks for them among layers only, and they are of experts, which are tensors.
+        warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+        yield
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -110,9 +121,3 @@ def kind_of(name: str) -> str:
 
 def _counted(kinds: Counter[str]) -> str:
     return ", ".join(f"{kind} x {count}" for kind, count in kinds.items())
-
-
-def save_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write a PEFT adapter from full tensors by parameter name, as `trainable` names them."""
-    # PEFT would reach for the hub to learn whether the embeddings were resized; they never are here.
-    model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)

@@ -17,7 +17,7 @@ from chatlora.errors import ModelError, did_you_mean
 ALL_LINEAR = "all-linear"
 WRAPPED = ".base_layer"  # PEFT's name for what it put itself around
 
-# In a model with stacked experts PEFT 0.21 takes linear layers of these names for experts, as older checkpoints had them,
+# In a model with stacked experts PEFT 0.21 takes linear layers of these names for experts as older checkpoints had them
 # and leaves the layers themselves out (`_convert_peft_config_moe`). Named as tensors they are reached.
 TAKEN_FOR_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 

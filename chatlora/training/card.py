@@ -7,8 +7,12 @@ from chatlora.config import Config
 from chatlora.run_directory import read_log
 
 
-def model_card(config: Config, run: Path, base_model: str) -> str:
-    """Markdown with the hub's metadata in front. Reads the run's ledger and logs."""
+def model_card(config: Config, run: Path, base_class: str, base_location: str) -> str:
+    """Markdown with the hub's metadata in front. Reads the run's ledger and logs.
+
+    base_class, base_location: the transformers class whose names of layers the adapter has, and what to load it from.
+    """
+    base_model = config.model.name_or_path
     ledger = json.loads((run / "ledger.json").read_text(encoding="utf-8"))
     steps = read_log(run / "log.jsonl")
     validations = read_log(run / "validation.jsonl")
@@ -39,10 +43,11 @@ Last training loss {steps[-1]["loss"]:.4f}{held_out}.
 {sources}
 
 ```python
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+from peft import PeftModel
+from transformers import AutoTokenizer, {base_class}
 
-model = AutoPeftModelForCausalLM.from_pretrained("this folder")
+base = {base_class}.from_pretrained("{base_location}")
+model = PeftModel.from_pretrained(base, "this folder")
 tokenizer = AutoTokenizer.from_pretrained("this folder")
 ```
 

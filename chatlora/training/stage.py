@@ -27,12 +27,13 @@ from chatlora.data.batches import GlobalBatches
 from chatlora.data.dataset import ExampleSet, PreparedData, prepare_training_data
 from chatlora.data.ledger import summary_lines
 from chatlora.data.rendering import Renderer
-from chatlora.errors import ConfigError, OutOfMemoryError
+from chatlora.errors import ConfigError, ModelError, OutOfMemoryError
 from chatlora.model.attention import why_not_packed
 from chatlora.model.identity import base_model_identity
 from chatlora.model.loading import load_base_model, load_tokenizer, renderer_for
-from chatlora.model.lora import add_lora, describe_lora, save_adapter, trainable
+from chatlora.model.lora import add_lora, describe_lora, trainable
 from chatlora.model.loss import TargetLoss
+from chatlora.model.serving import save_adapter, save_generation_config, served_class, why_not_served
 from chatlora.run_directory import RunDirectory
 from chatlora.training.card import model_card
 from chatlora.training.checkpoint import home_of, read_checkpoint, refuse_full_disk, why_broken
@@ -186,14 +187,16 @@ def export(actors: Actors, run: RunDirectory, weights: dict[str, torch.Tensor], 
     shutil.rmtree(beside, ignore_errors=True)
     save_adapter(actors.adapted, weights, beside)
     actors.tokenizer.save_pretrained(beside)
-    generation = actors.adapted.get_base_model().generation_config
-    generation.eos_token_id = list(actors.renderer.stop_ids)
-    generation.save_pretrained(beside)
-    card = model_card(actors.config, run.path, actors.config.model.name_or_path)
+    base = actors.adapted.get_base_model()
+    save_generation_config(base, actors.renderer.stop_ids, beside)
+    card = model_card(actors.config, run.path, served_class(base).__name__, base.name_or_path)
     (beside / "README.md").write_text(card, encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     beside.rename(folder)
+    fault = why_not_served(actors.adapted, weights, folder, actors.runtime.autocast_dtype)
+    if fault:
+        raise ModelError(f"the adapter in {folder} is not what was trained: {fault}; what is in {run.checkpoints} is")
 
 
 def environment(runtime: Runtime, renderer: Renderer, data: PreparedData, base_model: str) -> dict[str, Any]:

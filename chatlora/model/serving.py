@@ -1,0 +1,185 @@
+"""An adapter as others load it: names as the checkpoint has them, and the check that what was saved is what works.
+
+A server loads the class that the checkpoint's `architectures` names. Where that is another one than was trained, as
+for Qwen3.5 (`Qwen3_5ForConditionalGeneration`, whose layers are under `model.language_model`), an adapter under the
+trained model's names is ignored without a word.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+from chatlora.data.collate import pack
+from chatlora.data.examples import Example
+from chatlora.model.attention import PACKED
+from chatlora.model.lora import without_false_alarms
+from chatlora.model.spread import is_spread
+
+WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+REOPENED = "reopened"
+PROBE = Example(input_ids=list(range(1, 33)), labels=list(range(1, 33)))
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def served_class(base: PreTrainedModel) -> type[PreTrainedModel]:
+    """The class that the checkpoint's config.json names first; that of `base` where it names none that is known."""
+    return _served(base)[0]
+
+
+def names_from_checkpoint(base: PreTrainedModel) -> dict[str, str]:
+    """PEFT's `key_mapping` from the names of a saved adapter to those in `base`; empty where they are the same."""
+    ours, theirs = _prefixes(base)
+    return {} if ours == theirs else {rf"^{re.escape(theirs)}\.": f"{ours}."}
+
+
+def save_adapter(model: PeftModel, weights: Tensors, folder: Path) -> None:
+    """Write a PEFT adapter from full tensors by parameter name, as `trainable` names them, under served names."""
+    # PEFT would reach for the hub to learn whether the embeddings were resized; they never are here.
+    model.save_pretrained(folder, state_dict=dict(weights), save_embedding_layers=False)
+    ours, theirs = (f"{PEFT_PREFIX}{prefix}." for prefix in _prefixes(model.get_base_model()))
+    if ours != theirs:
+        tensors = load_file(folder / WEIGHTS)
+        renamed = {name.replace(ours, theirs, 1) if name.startswith(ours) else name: t for name, t in tensors.items()}
+        save_file(renamed, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def save_generation_config(base: PreTrainedModel, stop_ids: tuple[int, ...], folder: Path) -> None:
+    """The base's generation settings with every token that ends a reply."""
+    settings = base.generation_config.to_diff_dict() | {"eos_token_id": list(stop_ids)}
+    try:
+        GenerationConfig(**settings).save_pretrained(folder)
+    except ValueError:  # of a checkpoint whose settings contradict each other: that must not cost a trained adapter
+        kept = ("bos_token_id", "eos_token_id", "pad_token_id")
+        GenerationConfig(**{name: settings[name] for name in kept if name in settings}).save_pretrained(folder)
+
+
+def why_not_served(model: PeftModel, weights: Tensors, folder: Path, autocast_dtype: torch.dtype | None) -> str | None:
+    """None if the adapter in `folder` is `weights` for whoever opens it, else what is wrong with it: half a sentence.
+
+    Its names and shapes are those that PEFT gives the served class, built without memory. PEFT opens it a second time
+    on the loaded base, where it must hold the same tensors at the same scale and change the logits; this needs a model
+    that is whole on this process, and is left out where an engine has spread it.
+    """
+    fault = _wrong_names(model.get_base_model(), folder) or _wrong_values(weights)
+    if fault or not all(_is_whole(parameter) for parameter in model.parameters()):
+        return fault
+    with torch.no_grad(), torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+        return _wrong_effect(model, weights, folder)
+
+
+def _wrong_names(base: PreTrainedModel, folder: Path) -> str | None:
+    skeleton, settings = _skeleton(base), PeftConfig.from_pretrained(str(folder))
+    with torch.device("meta"), without_false_alarms():
+        opened = get_peft_model(skeleton, settings, low_cpu_mem_usage=True)
+    wanted = {n: list(t.shape) for n, t in get_peft_model_state_dict(opened, save_embedding_layers=False).items()}
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    unknown, missing = sorted(found.keys() - wanted.keys()), sorted(wanted.keys() - found.keys())
+    served = type(skeleton).__name__
+    if unknown or missing:
+        return (
+            f"{served} would ignore {len(unknown)} of its tensors ({', '.join(unknown[:2])}) and lack {len(missing)} "
+            f"({', '.join(missing[:2])})"
+        )
+    misshapen = [name for name, shape in found.items() if shape != wanted[name]]
+    return f"{misshapen[0]} has another shape in {served}" if misshapen else None
+
+
+def _wrong_values(weights: Tensors) -> str | None:
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if broken:
+        return f"{broken[0]} is not finite"
+    return None if any(t.any() for name, t in weights.items() if "lora_B" in name) else "it is zero"
+
+
+def _wrong_effect(model: PeftModel, weights: Tensors, folder: Path) -> str | None:
+    with _opened_again(model, folder) as incomplete:
+        if incomplete:
+            return incomplete
+        tensors = dict(model.named_parameters())
+        for name, tensor in weights.items():
+            if not torch.equal(tensors[name.replace(".default", f".{REOPENED}")].cpu(), tensor.cpu()):
+                return f"{name} is another tensor once it is opened again"
+        for name, module in model.named_modules():
+            if isinstance(module, BaseTunerLayer) and module.scaling["default"] != module.scaling[REOPENED]:
+                return f"{name} has another scale once it is opened again"
+        adapted = _logits(model)
+        with model.disable_adapter():
+            alone = _logits(model)
+    return "it changes no logit" if torch.equal(adapted, alone) else None
+
+
+@contextmanager
+def _opened_again(model: PeftModel, folder: Path) -> Iterator[str | None]:
+    """The saved adapter on the same base, active within, beside the trained one. Yields what it lacks."""
+    was_training = model.training
+    model.eval()
+    mapping = names_from_checkpoint(model.get_base_model())
+    with without_false_alarms():
+        result = model.load_adapter(folder, REOPENED, torch_device=str(model.device), key_mapping=mapping or None)
+    model.set_adapter(REOPENED)
+    lacking = [*result.missing_keys, *result.unexpected_keys]
+    try:
+        yield f"PEFT finds no place or no value for {lacking[0]}" if lacking else None
+    finally:
+        model.set_adapter("default")
+        model.delete_adapter(REOPENED)
+        model.train(was_training)
+
+
+def _logits(model: PeftModel) -> torch.Tensor:
+    packed = model.get_base_model().config._attn_implementation == PACKED
+    batch = pack([PROBE]) if packed else {"input_ids": torch.tensor([PROBE.input_ids])}
+    given = {
+        name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+    }
+    given.pop("labels", None)
+    logits: torch.Tensor = model(**given, use_cache=False).logits
+    return logits
+
+
+def _is_whole(parameter: torch.Tensor) -> bool:
+    """DeepSpeed's stage 3 leaves empty tensors in the place of parameters, FSDP2 leaves each process its part."""
+    return not is_spread(parameter) and not isinstance(parameter, torch.distributed.tensor.DTensor)
+
+
+def _served(base: PreTrainedModel) -> tuple[type[PreTrainedModel], transformers.PreTrainedConfig]:
+    if not base.name_or_path:
+        return type(base), base.config
+    revision = vars(base.config).get("_commit_hash")  # which only what came from the hub has
+    config = AutoConfig.from_pretrained(
+        base.name_or_path, revision=revision, local_files_only=True, trust_remote_code=False
+    )
+    found = getattr(transformers, (config.architectures or [""])[0], None)
+    return (type(base), base.config) if found is None else (found, config)
+
+
+def _skeleton(base: PreTrainedModel) -> PreTrainedModel:
+    """The served model on the meta device: names and shapes, no memory."""
+    served, config = _served(base)
+    with torch.device("meta"):
+        return served(config)
+
+
+def _prefixes(base: PreTrainedModel) -> tuple[str, str]:
+    """Where the language model's layers are in `base`, and where in the served class."""
+    if served_class(base) is type(base):
+        return "", ""
+    return _prefix(base), _prefix(_skeleton(base))
+
+
+def _prefix(model: PreTrainedModel) -> str:
+    decoder = model.get_decoder()
+    (prefix,) = (name for name, module in model.named_modules() if module is decoder)
+    return str(prefix)
