@@ -67,10 +67,9 @@ def assert_converted(original: dict[str, torch.Tensor], config: dict[str, Any], 
     found = native_weights(target)
     q, k, v = fused_rows(config)
     for name, known in known_tensors(config).items():
-        for part, tensor in zip(
-            known.parts, original[name].split([q, k, v]) if len(known.parts) == 3 else [original[name]], strict=False
-        ):
-            assert torch.equal(found.pop(part.name), tensor), part.name
+        sizes = [q, k, v] if len(known.parts) == 3 else [len(original[name])]
+        for part, rows in zip(known.parts, original[name].split(sizes), strict=bool(known.parts)):
+            assert torch.equal(found.pop(part.name), rows), part.name
     assert not found
 
 
