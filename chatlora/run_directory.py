@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from chatlora.config import Config
 from chatlora.config_files import config_text
-from chatlora.errors import Stopped
+from chatlora.errors import CheckpointError, Stopped
 from chatlora.progress import TrainingProgress, clock
 
 LOG, VALIDATION = LOGS = ("log.jsonl", "validation.jsonl")
@@ -199,8 +199,14 @@ class RunDirectory:
             self.progress.close()
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path / name} could not be written ({error}): free some space and start the run again to go on "
+                "from the newest checkpoint"
+            ) from error
 
 
 def read_status(path: Path) -> dict[str, Any]:

@@ -418,6 +418,57 @@ def test_a_lost_best_checkpoint_is_said_and_ends_nothing(run: Run, capsys: pytes
     assert read_status(folder)["state"] == "done"
 
 
+# ---- a full disk, and who failed
+
+
+LIMITED = """
+import os, resource
+from chatlora.training.runtime import Runtime
+real, calls = Runtime.clip_gradients, []
+def limited(*arguments):
+    calls.append(None)
+    if len(calls) == {step}:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+    return real(*arguments)
+Runtime.clip_gradients = limited
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "limit", "told"),
+    [
+        (5, "40_000", "the checkpoint of step 6 could not be written to run/checkpoints: it needs 98,304 bytes"),
+        (5, "os.path.getsize('run/log.jsonl')", "run/log.jsonl could not be written"),
+    ],
+)
+def test_a_full_disk_stops_the_run_with_its_checkpoints_whole(
+    server: ForkServer, argv: list[str], whole: Callable[[int], Whole], tmp_path: Path, step: int, limit: str, told: str
+) -> None:
+    """40,000 bytes hold an adapter, but not its moments."""
+    assert server.run(argv, tmp_path, broken=LIMITED.format(step=step, limit=limit)) == [1]
+    assert read_status(tmp_path / "run")["state"] == "failed"
+    assert told in read_status(tmp_path / "run")["message"]
+    assert newest(tmp_path / "run").step == 3
+    assert server.run(argv, tmp_path) == [0]
+    assert differences(tmp_path / "run", whole(1).outcome) == []
+
+
+def test_the_process_that_fails_first_says_why(server: ForkServer, argv: list[str], tmp_path: Path) -> None:
+    """What the others die of is its doing."""
+    unlucky = (
+        "import os\n"
+        "from chatlora.training.runtime import Runtime\n"
+        "real = Runtime.backward\n"
+        "def backward(runtime, loss):\n"
+        "    if os.environ['RANK'] == '1': raise RuntimeError('rank 1 is out of luck')\n"
+        "    real(runtime, loss)\n"
+        "Runtime.backward = backward"
+    )
+    assert server.run(argv, tmp_path, ranks=2, broken=unlucky) == [1, 1]
+    status = read_status(tmp_path / "run")
+    assert (status["state"], status["message"]) == ("failed", "rank 1 is out of luck")
+
+
 # ---- early stopping
 
 

@@ -275,7 +275,7 @@ def test_a_signal_to_the_launcher_alone_stops_the_run(
     status = read_status(tmp_path / "run")
     assert status["state"] == "stopped"
     assert saved(tmp_path)[-1] == status["step"] == read_log(tmp_path / "run" / LOG)[-1]["step"]
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    wait_until(lambda: not any(is_alive(pid) for pid in workers))
 
 
 def test_a_run_that_a_shell_started_outlives_its_shell(world: Path, argv: list[str], tmp_path: Path) -> None:
@@ -291,3 +291,60 @@ def test_a_run_that_a_shell_started_outlives_its_shell(world: Path, argv: list[s
     os.kill(process, signal.SIGTERM)
     wait_until(lambda: is_over(tmp_path))
     assert read_status(tmp_path / "run")["state"] == "stopped"
+
+
+# ---- processes that render
+
+RENDERING = """
+import itertools
+import sys
+from pathlib import Path
+
+from chatlora.data.conversation import Conversation, Message
+from chatlora.data.rendering import Renderer
+from chatlora.data.workers import Effort, Work, outcomes
+from chatlora.errors import run_as_script
+from chatlora.training.signals import StopSignals
+from tests.tiny_tokenizers import tiny_tokenizer
+
+
+def main(argv):
+    signals = StopSignals()
+    signals.install()
+    row = Conversation((Message("user", "Where is Oslo?"), Message("assistant", "In Norway.")), place="rows.jsonl:1")
+    work = Work(Renderer(tiny_tokenizer()), 200, "fit", "all")
+    for _ in outcomes(((0, row) for _ in itertools.count()), work, 2, Effort(), print):
+        Path("begun").touch()
+
+
+if __name__ == "__main__":
+    run_as_script(main)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow), "SIGKILL"])
+def test_processes_that_render_end_with_their_parent(tmp_path: Path, name: str) -> None:
+    """SIGTERM and SIGINT go to the whole group, as launchers and terminals send them; SIGKILL to the parent alone."""
+    (tmp_path / "render.py").write_text(RENDERING)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("wb") as log:
+        command = [sys.executable, "render.py"]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    wait_until(lambda: (tmp_path / "begun").exists() or process.poll() is not None)
+    assert process.poll() is None, (tmp_path / "log").read_text()
+    workers = children_of(process.pid)
+    assert len(workers) >= 2
+    if name == "SIGKILL":
+        process.kill()
+    else:
+        os.killpg(process.pid, getattr(signal, name))
+    assert process.wait(timeout=30) == (-signal.SIGKILL if name == "SIGKILL" else 75), (tmp_path / "log").read_text()
+    wait_until(lambda: not any(is_alive(pid) for pid in workers))
+
+
+def is_alive(pid: int) -> bool:
+    """A process that has ended and that nobody waits for, as in a container without an init, is not alive."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"

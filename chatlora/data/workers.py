@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 
 from chatlora.data.conversation import Conversation
 from chatlora.data.examples import OverLength, Rendered, Supervise
@@ -151,12 +151,12 @@ _work: list[Work] = []  # set once, when the process begins: a renderer is too l
 
 
 def _begin(work: Work) -> None:
-    """A signal to the whole group is for the parent, which ends this process; so does the parent's death."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and stops this one
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = parent_process()
+    if parent is None or not parent.is_alive():  # it was killed while this process was starting
+        os._exit(1)
     _work.append(work)
 
 
