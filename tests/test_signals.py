@@ -293,6 +293,36 @@ def test_a_run_that_a_shell_started_outlives_its_shell(world: Path, argv: list[s
     assert read_status(tmp_path / "run")["state"] == "stopped"
 
 
+@pytest.mark.parametrize(
+    ("state", "restarts", "requeued", "status"),
+    [
+        ("done", 0, False, 0),
+        ("stopped", 0, True, 0),
+        ("running", 49, True, 0),  # killed before it could say anything
+        ("stopped", 50, False, 1),
+        ("failed", 0, False, 1),
+        (None, 0, False, 1),
+    ],
+)
+def test_the_slurm_script_of_the_docs_queues_again_what_was_stopped(
+    tmp_path: Path, state: str | None, restarts: int, requeued: bool, status: int
+) -> None:
+    _, _, text = (REPOSITORY / "docs" / "reliability.md").read_text(encoding="utf-8").partition("<!-- slurm -->")
+    (tmp_path / "job.sh").write_text(text.split("```bash\n")[1].split("```")[0])
+    (tmp_path / "runs" / "my").mkdir(parents=True)
+    told = "true" if state is None else f'echo \'{{"state": "{state}"}}\' > runs/my/status.json; exit 1'
+    for name, body in (("srun", told), ("scontrol", 'echo "$@" > requeued')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    environment["SLURM_RESTART_COUNT"] = str(restarts)
+    ended = subprocess.run(["bash", "job.sh"], cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert (tmp_path / "requeued").is_file() == requeued
+    assert ended.returncode == status
+    if requeued:
+        assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+
+
 # ---- processes that render
 
 RENDERING = """
