@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from chatglm3_checkpoints import TINY, write_checkpoint
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -18,6 +17,7 @@ from chatlora.chatglm3.adapter import convert_adapter
 from chatlora.chatglm3.checkpoint import convert_checkpoint
 from chatlora.chatglm3.naming import MODULES, known_tensors
 from chatlora.errors import ModelError
+from tests.chatglm3_checkpoints import TINY, write_checkpoint
 
 RANK, ALPHA = 4, 12
 SETTINGS = {

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chatglm3_checkpoints import TINY, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -29,6 +28,7 @@ from chatlora.chatglm3.checkpoint import convert_checkpoint
 from chatlora.chatglm3.naming import fused_rows, known_tensors
 from chatlora.chatglm3.shards import sha256_of
 from chatlora.errors import ModelError
+from tests.chatglm3_checkpoints import TINY, write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MB = 2**20

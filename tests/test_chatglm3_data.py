@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chatglm3_checkpoints import Original
-from tiny_tokenizers import CHATML_TOKENS, tiny_tokenizer
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -24,6 +22,8 @@ from chatlora.data.formats import parse_row
 from chatlora.data.rendering import Renderer
 from chatlora.data.turns import NO_TARGET
 from chatlora.errors import DataError, SetAside
+from tests.chatglm3_checkpoints import Original
+from tests.tiny_tokenizers import CHATML_TOKENS, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
