@@ -21,6 +21,7 @@ ROLE_NAMES: dict[str, Role] = {
     "observation": "tool",  # ChatGLM3, ShareGPT
     "function": "tool",  # OpenAI before tool_calls
 }
+MOST_LEVELS = 64  # of lists and objects inside each other; templates, and Python, walk them by recursion
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -82,8 +83,9 @@ def read_result(value: Any, path: str, problems: list[str], instead: str = "") -
     """What a tool returned: text, or any JSON value, which is written out as JSON."""
     if value is None or isinstance(value, str) or _is_parts(value):
         return read_text(value, path, problems, instead)
-    written = json.dumps(value, ensure_ascii=False, default=str)
-    return written if _is_text(written, path, problems) else None
+    if not _is_json_text(value, path, problems):
+        return None
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def read_tool_call(value: Any, path: str, problems: list[str]) -> ToolCall | None:
@@ -107,8 +109,7 @@ def read_arguments(value: Any, path: str, problems: list[str]) -> Any:
         return {}
     if isinstance(value, str):
         value = parse_json(value, path, problems)
-    _is_text(json.dumps(value, ensure_ascii=False, default=str), path, problems)
-    return value
+    return value if _is_json_text(value, path, problems) else None
 
 
 def read_tools(value: Any, path: str, problems: list[str]) -> tuple[dict[str, Any], ...]:
@@ -186,6 +187,21 @@ def _is_text(value: str, path: str, problems: list[str]) -> bool:
     return True
 
 
+def _is_json_text(value: Any, path: str, problems: list[str]) -> bool:
+    """Whether a JSON value can be written out, and rendered: not too deep, and text throughout."""
+    level: list[Any] = [value]
+    for _ in range(MOST_LEVELS):
+        level = [item for each in level for item in _inside(each)]
+        if not level:
+            return _is_text(json.dumps(value, ensure_ascii=False, default=str), path, problems)
+    problems.append(f"{path} has lists and objects in more than {MOST_LEVELS} levels; write it flatter")
+    return False
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+
+
 def _read_optional_text(fields: Mapping[str, Any], key: str, path: str, problems: list[str]) -> str | None:
     return None if fields.get(key) is None else read_text(fields[key], f"{path}.{key}", problems)
 
@@ -258,7 +274,7 @@ def _read_tool(tool: Any, path: str, problems: list[str]) -> dict[str, Any] | No
         return None
     if read_text(function.get("name"), f"{path}.name", problems, _instead(function, "name")) is None:
         return None
-    if not _is_text(json.dumps(tool, ensure_ascii=False, default=str), path, problems):
+    if not _is_json_text(tool, path, problems):
         return None
     if function is not tool:
         return dict(tool)

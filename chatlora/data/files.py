@@ -8,6 +8,7 @@ for byte (`datasets.load_dataset("json")` turns date-like text into dates and lo
 import csv
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from chatlora.data.formats import KNOWN_COLUMNS
 UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 _UTF16 = "the file is UTF-16; convert it with: iconv -f UTF-16 -t UTF-8"
-_TOO_DEEP = "lists and objects are nested too deeply to be read"
+_TOO_DEEP = "lists and objects are nested too deeply to be read; write it flatter"
 _REWRITE = "write the line with a JSON library, or remove it"
 _WHITESPACE = re.compile(r"[ \t\r\n]*")
 
@@ -77,10 +78,8 @@ def _parse_line(line: bytes) -> Row | BadRow:
         if text.startswith("\ufeff"):
             return BadRow("a byte-order mark stands inside the file, as where files were joined; remove it")
         return BadRow(f"not JSON at column {error.pos + 1} ({error.msg}): {_around(text, error.pos)!r}; {_REWRITE}")
-    except RecursionError:
-        return BadRow(_TOO_DEEP)
-    except ValueError as error:
-        return BadRow(str(error))
+    except (ValueError, RecursionError) as error:
+        return BadRow(_unusable(error))
 
 
 def read_json(path: Path, name: str) -> Rows:
@@ -132,8 +131,7 @@ def _json_values(text: str) -> Iterator[tuple[Any, int, int]]:
             )
             return
         except (ValueError, RecursionError) as error:
-            problem = _TOO_DEEP if isinstance(error, RecursionError) else str(error)
-            yield BadRow(f"{problem}; nothing after it was read", ends=True), begin, -1
+            yield BadRow(f"{_unusable(error)}; nothing after it was read", ends=True), begin, -1
             return
         yield value, begin, end
     if listed and end >= len(text):
@@ -141,6 +139,15 @@ def _json_values(text: str) -> Iterator[tuple[Any, int, int]]:
         yield BadRow(problem, ends=True), end, -1
     elif listed and _skip_whitespace(text, end + 1) < len(text):
         yield BadRow("something follows the list; a file holds one list of rows", ends=True), end + 1, -1
+
+
+def _unusable(error: ValueError | RecursionError) -> str:
+    """What is told of JSON that is well formed, and cannot be taken as it is."""
+    if isinstance(error, RecursionError):
+        return _TOO_DEEP
+    if "digits" in str(error):
+        return f"a number of more than {sys.get_int_max_str_digits():,} digits; put it in quotes if it is meant as text"
+    return str(error)
 
 
 def _skip_comma(text: str, position: int) -> int:
@@ -218,7 +225,8 @@ def read_parquet(path: Path, name: str) -> Rows:
                     number += 1
                     yield without_nulls(row), f"{name}: row {number}"
     except (pyarrow.ArrowException, OSError) as error:
-        problem = f"not readable as Parquet ({error}); was the file cut while it was copied? Copy it again"
+        found = " ".join(str(error).split())
+        problem = f"not readable as Parquet ({found}); was the file cut while it was copied? Copy it again"
         yield BadRow(problem, ends=True), name
 
 

@@ -61,10 +61,30 @@ def parse_row(
         messages = _read_form(form, fields, problems)
         offered = "tools" if fields.get("tools") is not None else "functions"
         tools = read_tools(fields.get(offered), offered, problems)
+        if not problems and not _is_chatglm3(form, fields):
+            _check_results(messages, problems)
     if problems:
         prefix = f"{place}: " if place else ""
         raise DataError(*(f"{prefix}{problem}" for problem in problems))
     return Conversation(tuple(messages), tools, place)
+
+
+def _is_chatglm3(form: str, fields: Mapping[str, Any]) -> bool:
+    """Whether observations may stand anywhere, as they might for the original."""
+    return form == "conversations" and not any(map(_is_sharegpt, fields[form]))
+
+
+def _check_results(messages: Sequence[Message], problems: list[str]) -> None:
+    """A tool's result stands behind a call: the assistant's, which some data sets write as text."""
+    called: list[str] = []
+    for index, message in enumerate(messages):
+        called += [call.id for call in message.tool_calls if call.id is not None]
+        which = f"message {index + 1} of {len(messages)} is a tool's result"
+        if message.role == "tool" and (index == 0 or messages[index - 1].role not in ("assistant", "tool")):
+            problems.append(f"{which}, but no assistant's message is in front of it; put the call there")
+        elif message.tool_call_id is not None and called and message.tool_call_id not in called:
+            remedy = did_you_mean(message.tool_call_id, called) or f"; the ids are {', '.join(called)}"
+            problems.append(f"{which} for the call {message.tool_call_id!r}, which is not in front of it{remedy}")
 
 
 def _renamed(row: Mapping[str, Any], columns: Mapping[str, str], problems: list[str]) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from chatlora.data.control_text import PRIVATE, READ_AS_CONTROL
 from chatlora.data.examples import PROMPT_TOO_LONG, TOO_LONG
 from chatlora.data.limits import TOO_MUCH
 from chatlora.data.parts import DROPS
+from chatlora.data.proof import CANNOT_SPELL, FAILED
 from chatlora.data.sources import Unread
 from chatlora.data.template import RAISES
 from chatlora.data.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTINUED
@@ -25,6 +27,10 @@ REMEDIES = {  # by how a reason begins
     NOT_CONTINUED: OTHER_TEMPLATE,
     NO_STOP: OTHER_TEMPLATE,
     TOO_MUCH: OTHER_TEMPLATE,
+    PRIVATE: "write the rows without such characters (U+F0000 and above)",
+    CANNOT_SPELL: "write the rows without such characters, or take a model that knows them",
+    READ_AS_CONTROL: "write the rows without such words",
+    FAILED: "the mistake is chatlora's, not the data's: please report one of the rows, the model and the chat template",
     NO_TARGET: "look at the roles, at `loss` in the rows, and at data.supervise",
     COMES_FIRST: 'begin with a user message, or give the first one "loss": false',
 }
