@@ -17,6 +17,7 @@ from chatlora.run_directory import read_status
 INPUTS = {
     "data": "the contents of data.train or data.validation",
     "base_model": "the base model under model.name_or_path",
+    "init_from": "the adapter under lora.init_from",
     "rendering": "the tokenizer, the chat template or what it is told",
     "precision": "the precision that run.precision stands for on this machine",
 }
@@ -79,7 +80,7 @@ def refuse_other_inputs(config: Config, environment: Mapping[str, Any]) -> None:
         before = json.loads((path / "environment.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return
-    changed = [what for name, what in INPUTS.items() if before[name] != environment[name]]
+    changed = [what for name, what in INPUTS.items() if before.get(name) != environment.get(name)]
     if changed:
         raise ConfigError(
             *(f"{what} changed since the run in {path} was begun" for what in changed),

@@ -79,6 +79,9 @@ class LoraConfig(Section):
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping an input of the adapter")
     target_modules: str | tuple[str, ...] = Field("all-linear", description="all-linear, module names, or a regex")
+    init_from: Path | None = Field(
+        None, description="an adapter or run directory to go on from, with new moments; null: a fresh adapter"
+    )
 
 
 class DataConfig(Section):

@@ -84,6 +84,12 @@ class PreparedData:
     proof_seconds: float
     any_reasoning: bool
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id in any example."""
+        sets = (self.train, *([] if self.validation is None else [self.validation]))
+        return max(examples.store.largest_id for examples in sets)
+
 
 def prepare_training_data(
     data: DataConfig, seed: int, make_renderer: Callable[[bool], Renderer], *, cache: Path, say: Say

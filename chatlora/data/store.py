@@ -10,11 +10,13 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from filelock import FileLock
 
 from chatlora.data.examples import IGNORE_INDEX, Example
@@ -66,6 +68,12 @@ class ExampleStore:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @cached_property
+    def largest_id(self) -> int:
+        """The largest token id in any example, -1 where there is none."""
+        largest = (pc.max(batch.column("input_ids").flatten()).as_py() for batch in self._batches)
+        return max((id for id in largest if id is not None), default=-1)
 
     def fetch(self, indices: Sequence[int] | np.ndarray) -> list[Example]:
         return [Example(self._ids(index, "input_ids"), self._ids(index, "labels")) for index in map(int, indices)]

@@ -101,6 +101,18 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
     return model.eval()
 
 
+def refuse_ids_without_row(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, largest_id: int) -> None:
+    """Raise ModelError where a token of the data has no row in the model's embeddings."""
+    rows = base.get_input_embeddings().num_embeddings
+    if largest_id >= rows:
+        raise ModelError(
+            f"the rows become token {largest_id} ({tokenizer.convert_ids_to_tokens(largest_id)}), but the model has "
+            f"embeddings for {rows:,} tokens and the tokenizer knows {len(tokenizer):,}: tokenizer or chat template "
+            f"belong to another model, or tokens were added to it. Take the model's own, or a checkpoint that was "
+            f"resized (resize_token_embeddings); lora.target_modules can then reach embed_tokens and lm_head too"
+        )
+
+
 def find_adapter(folder: Path) -> Path:
     """The adapter in a run directory (its adapter/), or the folder itself."""
     for candidate in (folder / "adapter", folder):

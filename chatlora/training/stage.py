@@ -29,8 +29,9 @@ from chatlora.data.ledger import summary_lines
 from chatlora.data.rendering import Renderer
 from chatlora.errors import ConfigError, ModelError, OutOfMemoryError
 from chatlora.model.attention import why_not_packed
+from chatlora.model.continuing import start_from
 from chatlora.model.identity import base_model_identity
-from chatlora.model.loading import load_base_model, load_tokenizer, renderer_for
+from chatlora.model.loading import load_base_model, load_tokenizer, refuse_ids_without_row, renderer_for
 from chatlora.model.lora import add_lora, describe_lora, trainable
 from chatlora.model.loss import TargetLoss
 from chatlora.model.serving import save_adapter, save_generation_config, served_class, why_not_served
@@ -102,7 +103,9 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
     base = load_base_model(config.model, dtype=runtime.dtype).to(runtime.device)
     runtime = choose_layout(base, runtime, run)
     identity = base_model_identity(base)
+    refuse_ids_without_row(base, tokenizer, data.largest_id)
     adapted = add_lora(base, config.lora, config.run.seed)
+    init_from = None if config.lora.init_from is None else start_from(adapted, config.lora)
     for line in describe_lora(adapted):
         run.say(line)
     if config.model.gradient_checkpointing:
@@ -129,7 +132,7 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
         f"{steps} steps of {config.optim.global_batch_size} examples, "
         f"at most {runtime.token_budget:,} tokens a micro-batch"
     )
-    facts = environment(runtime, renderer, data, identity)
+    facts = environment(runtime, renderer, data, identity) | {"init_from": init_from}
     if runtime.is_main:
         refuse_other_inputs(config, facts)
         size = sum(parameter.numel() for parameter in trainable(adapted).values())
