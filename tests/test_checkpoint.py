@@ -246,6 +246,7 @@ def test_rotation_keeps_the_newest_the_best_and_what_is_not_ours(tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_rotation_over_ten_thousand_random_sequences(tmp_path: Path) -> None:
     play_many(tmp_path, 10_000)
 

@@ -241,6 +241,7 @@ def test_random_kills_during_saves(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_two_hundred_random_kills_during_saves(tmp_path: Path) -> None:
     within, number = 0, 0
     while within < 200:

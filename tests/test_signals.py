@@ -90,6 +90,7 @@ def test_a_signal_stops_the_run_with_everything_saved(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("name", "moment", "ranks"), [each for each in ALL if each not in FAST])
 def test_every_signal_at_every_moment(
     server: ForkServer, argv: list[str], tmp_path: Path, name: str, moment: str, ranks: int
