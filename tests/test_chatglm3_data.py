@@ -16,14 +16,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from chatlora.chatglm3.tokenizer import STOP_IDS, tokenizer_files
 from chatlora.data.collate import pad_left, pad_right
-from chatlora.data.conversation import Conversation, Message
+from chatlora.data.conversation import Conversation, Message, ToolCall
 from chatlora.data.examples import IGNORE_INDEX, NO_TARGET_LEFT, PROMPT_TOO_LONG, Example
 from chatlora.data.formats import parse_row
 from chatlora.data.rendering import Renderer
 from chatlora.data.turns import NO_TARGET
 from chatlora.errors import DataError, SetAside
 from tests.chatglm3_checkpoints import Original
-from tests.tiny_tokenizers import CHATML_TOKENS, tiny_tokenizer
+from tests.tiny_tokenizers import CHATML_TOKENS, GLM_TOKENS, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +293,47 @@ def test_a_tool_s_message_is_learned_from_its_text_to_its_stop_token() -> None:
         chatml.tokenizer.decode(sample.output_ids)
         for sample in chatml.render_for_evaluation(Conversation(messages), max_prompt_length=None, max_new_tokens=9)
     ]
+
+
+# The forms of GLM-4 and GLM-4-0414: a call is metadata after the role, or a function's name and its arguments.
+GLM4 = (
+    "[gMASK]<sop>{% for item in messages %}{% if item['content'] %}<|{{ item['role'] }}|>{{ item['metadata'] }}\n"
+    "{{ item['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+GLM4_0414 = (
+    "[gMASK]<sop>{%- if tools -%}<|system|>\n# 可用工具{% for tool in tools %}\n\n## {{ tool.function.name }}\n\n"
+    "{{ tool.function | tojson(indent=4, ensure_ascii=False) }}{% endfor %}{%- endif -%}{%- for msg in messages -%}"
+    "{%- if msg.role == 'tool' -%}<|observation|>\n{{ msg.content }}{%- else -%}"
+    "<|{{ msg.role }}|>{% if msg.content %}{{ '\n' + msg.content }}{% endif %}{% for call in msg.tool_calls or [] %}"
+    "{% if msg.content or not loop.first %}<|assistant|>{% endif %}{{ call.function.name }}\n"
+    "{{ call.function.arguments | tojson }}{% endfor %}{%- endif -%}{%- endfor -%}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [GLM4, GLM4_0414])
+def test_templates_like_glm4_s_are_trained_exactly(template: str) -> None:
+    renderer = Renderer(tiny_tokenizer(chat_template=template, control_tokens=GLM_TOKENS, eos="<|endoftext|>"))
+    told = [
+        ("system", "你是助手"),
+        ("user", "你好"),
+        ("assistant", "你好！"),
+        ("user", "再见"),
+        ("assistant", "再见。"),
+    ]
+    (example,) = renderer.render(Conversation(tuple(Message(*each) for each in told)), max_length=1000).examples
+    learned = renderer.tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX])
+    assert learned == "\n你好！<|user|>\n再见。<|endoftext|>"
+    tools = ({"type": "function", "function": {"name": "look", "parameters": {}}},)
+    call = Message("assistant", "", tool_calls=(ToolCall("look", {"at": "东"}),))
+    with_tool = Conversation((Message("user", "q"), call, Message("tool", "山"), Message("assistant", "有山")), tools)
+    if template == GLM4:
+        with pytest.raises(SetAside, match="does not continue its generation prompt"):
+            renderer.render(with_tool, max_length=1000)
+    else:
+        (example,) = renderer.render(with_tool, max_length=1000).examples
+        learned = renderer.tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX])
+        assert learned == 'look\n{"at": "东"}<|observation|>\n有山<|endoftext|>'
 
 
 def test_a_control_token_that_is_a_whole_word_leaves_other_words_alone() -> None:

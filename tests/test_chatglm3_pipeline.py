@@ -4,6 +4,7 @@ Run: pytest tests/test_chatglm3_pipeline.py
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,40 @@ def test_the_preset_holds_the_original_s_settings() -> None:
     }
     assert (config.data.over_length, config.evaluation.style, config.optim.schedule) == ("cut", "chatglm3", "linear")
     assert (config.optim.warmup_ratio, config.optim.weight_decay, config.optim.max_grad_norm) == (0, 0, 1)
+
+
+# ---- the page
+
+
+PAGES = [Path(__file__).resolve().parents[1] / "docs" / name for name in ("chatglm3.md", "chatglm3.zh.md")]
+
+
+def test_every_setting_on_the_pages_exists() -> None:
+    config = load_config(["demo"], default="demo").config.as_dict()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("lora.yaml", "")
+        named = re.findall(r"`(model|lora|data|optim|checkpoint|evaluation|run)\.(\w+)`", text)
+        assert len(named) > 20
+        assert [f"{section}.{field}" for section, field in named if field not in config.get(section, {})] == []
+
+
+def test_the_two_pages_say_the_same() -> None:
+    english, chinese = (page.read_text(encoding="utf-8") for page in PAGES)
+    for form in (r"```bash\n(.*?)```", r"^\| `?([\w.:]+)", r"^## (GLM-4)$"):
+        found = re.findall(form, english, re.DOTALL | re.MULTILINE)
+        translated = re.findall(form, chinese, re.DOTALL | re.MULTILINE)
+        assert len(found) == len(translated)
+        if "bash" in form:
+            assert found == translated
+    assert english.count("\n| ") == chinese.count("\n| ")
+
+
+def test_the_four_commands_are_commands() -> None:
+    first = re.findall(r"```bash\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), re.DOTALL)[0]
+    install, convert, fine_tune, score_it = first.splitlines()
+    assert install.startswith("pip install")
+    assert convert.split()[:2] == ["chatlora", "convert-chatglm3"]
+    assert "convert-chatglm3" in commands.COMMANDS
+    config = load_config(fine_tune.split()[3:], default="demo").config
+    assert str(config.run.output_dir) == score_it.split()[3]
+    assert config.model.name_or_path == convert.split()[3]
