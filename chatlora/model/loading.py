@@ -141,7 +141,7 @@ def _explain(where: str, is_local: bool, auto: Any, error: Exception) -> str:
     if "trust_remote_code" in reason:
         return (
             f"{where} comes with code of its own, which chatlora never runs. Use a checkpoint that transformers knows "
-            f"natively (for ChatGLM3 and GLM-4: one of the `glm` model type)"
+            "natively: `chatlora convert-chatglm3` makes one of ChatGLM3, GLM-4 has them (glm-4-9b-chat-hf, GLM-4-0414)"
         )
     if is_local:
         what = "model" if auto in (AutoModelForCausalLM, AutoConfig) else "tokenizer"
