@@ -109,8 +109,9 @@ def _free_port() -> int:
 
 
 def serve() -> None:
-    warm()
     answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # DeepSpeed says on its import what accelerator it found
+    warm()
     for line in sys.stdin:
         request = json.loads(line)
         answer = reap(request) if "wait" in request else launch(request)
@@ -118,7 +119,10 @@ def serve() -> None:
 
 
 def warm() -> None:
-    """Import what a run imports late, too: PEFT's tables, pyarrow's pandas, generation."""
+    """Import what a run imports late, too: PEFT's tables, pyarrow's pandas, generation, DeepSpeed and FSDP."""
+    import accelerate.commands.launch
+    import accelerate.utils.fsdp_utils
+    import deepspeed.runtime.zero.muon.muon_optimizer
     import pandas  # noqa: F401
     import peft
     import pyarrow.compute
@@ -130,7 +134,7 @@ def warm() -> None:
     import evaluate
     import train
 
-    del chatlora, evaluate, pyarrow, train
+    del accelerate, chatlora, deepspeed, evaluate, pyarrow, train
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = transformers.LlamaConfig(vocab_size=8, **shape)
     model = transformers.AutoModelForCausalLM.from_config(config)

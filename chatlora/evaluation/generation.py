@@ -123,8 +123,11 @@ def cost(batch: Sequence[EvalSample], max_new_tokens: int) -> int:
 
 
 def collate(batch: Sequence[EvalSample], pad_token_id: int) -> dict[str, Any]:
-    """input_ids, attention_mask: [B, P]; beside them `samples` and `output_ids`, which no model may see."""
-    inputs = pad_left([sample.input_ids for sample in batch], pad_token_id)
+    """input_ids, attention_mask: [B, P]; beside them `samples` and `output_ids`, which no model may see.
+
+    A batch without samples is a prompt of one token: its process takes part in the others' forward passes.
+    """
+    inputs = pad_left([sample.input_ids for sample in batch] or [[pad_token_id]], pad_token_id)
     return {
         **inputs,
         "samples": list(batch),
@@ -156,6 +159,8 @@ class Results:
         self, samples: Sequence[EvalSample], generated: torch.Tensor, references: Sequence[Sequence[Sequence[int]]]
     ) -> None:
         """generated: [B, N], the new ids, anything after a row's first stop token being padding."""
+        if not samples:
+            return
         answers = [until_stop(row, self.stop_ids) for row in generated.tolist()]
         predictions = [self._prediction(*row) for row in zip(samples, answers, references, strict=True)]
         append_predictions(self.path, predictions)

@@ -35,6 +35,7 @@ from chatlora.evaluation.generation import (
 from chatlora.evaluation.scoring import score_into, told_in
 from chatlora.evaluation.shares import collect, hand_over, open_parts, remove_parts, share
 from chatlora.model.loading import find_adapter, load_adapter, load_base_model, load_tokenizer, renderer_for
+from chatlora.model.spread import layer_by_layer
 from chatlora.training.runtime import Runtime
 
 
@@ -46,7 +47,9 @@ class Actors:
     model: Model
     tokenizer: PreTrainedTokenizerBase
     samples: Sequence[EvalSample]
-    share: Sequence[Sequence[EvalSample]]  # the batches of this process
+    share: Sequence[
+        Sequence[EvalSample]
+    ]  # the batches of this process; empty ones where it only keeps the others company
     settings: GenerationConfig
     budget: Budget
     facts: dict[str, Any]  # what scores.json says beside the scores
@@ -60,6 +63,7 @@ class Actors:
     def on_stage(self, name: str, part: Path) -> Iterator[Results]:
         """Within, the model is what `name` says, and what it answers goes into `part`, this process's file."""
         with ExitStack() as within:
+            within.enter_context(layer_by_layer(self.model))
             within.enter_context(only_these_settings(self.model))
             within.enter_context(out_of_memory_told(self.budget))
             if name == BASE:
@@ -72,7 +76,7 @@ class Actors:
     def _progress(self, name: str) -> Iterator[Callable[[Sequence[EvalSample], int], None]]:
         """Process 0 shows how far its own share is."""
         longest = self.settings.max_new_tokens
-        whole = sum(cost(batch, longest) for batch in self.share)
+        whole = sum(cost(batch, longest) for batch in self.share if batch)
         if not self.runtime.is_main or not whole:
             yield lambda samples, num_tokens: None
             return
@@ -94,18 +98,26 @@ def set_up(request: Request, runtime: Runtime) -> Actors:
     samples, ledger = _samples(request, renderer)
     for line in summary_lines(ledger):
         say(line)
-    model: Model = load_base_model(config.model, dtype=runtime.dtype).to(runtime.device).eval()
+    model: Model = runtime.place(load_base_model(config.model, dtype=runtime.dtype)).eval()
     if adapter is not None:
         model = load_adapter(model, adapter)
+    fitting = batch_budget(model, runtime.device)
+    model = runtime.for_generation(model)
 
     longest = config.evaluation.max_new_tokens
     stop_ids = all_stop_ids(model, tokenizer, renderer.stop_ids)
     pad_token_id = min(stop_ids) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    fitting = batch_budget(model, runtime.device)
     fair = max(1, -(-len(samples) // runtime.num_processes))  # no process is idle for want of a batch
-    budget = Budget(request.max_tokens_per_batch or fitting.tokens, min(fitting.rows, fair))
+    tokens = int(runtime.share(str(fitting.tokens)))  # free memory differs, and all must cut the same batches
+    budget = Budget(request.max_tokens_per_batch or tokens, min(fitting.rows, fair))
     batches = group(samples, budget, longest)
-    mine = share(batches, lambda batch: cost(batch, longest), runtime.rank, runtime.num_processes)
+    shares = [
+        share(batches, lambda batch: cost(batch, longest), rank, runtime.num_processes)
+        for rank in range(runtime.num_processes)
+    ]
+    mine = shares[runtime.rank]
+    if runtime.is_spread:  # a forward pass takes all processes: they generate equally often
+        mine = [*mine, *[[]] * (max(map(len, shares)) - len(mine))]
     references = sum(len(sample.references) for sample in samples)
     _note_limit(model, max(len(sample.input_ids) for sample in samples) + longest, say)
     say(f"{len(samples):,} prompts with {references:,} references in {len(batches):,} batches; {runtime.precision}")

@@ -12,7 +12,7 @@ torch 2.13 and DeepSpeed 0.19.8. Functions that read or write tensors are collec
 import os
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -33,6 +33,8 @@ from chatlora.training.checkpoint import MOMENTS
 
 TIMEOUT = timedelta(minutes=30)  # that one collective may take; work that is longer happens outside of them
 WEIGHT = "weight"
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 # ---- starting
@@ -103,11 +105,11 @@ def load_spread(accelerator: Accelerator, dtype: torch.dtype) -> Any:
 # ---- models
 
 
-def shard_for_generation(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+def shard_for_generation(accelerator: Accelerator, model: ModelT) -> ModelT:
     """FSDP2 around a model that is only asked to generate: accelerate's own `prepare` wants an optimizer."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-    sharded: nn.Module = fsdp2_prepare_model(accelerator, model)
+    sharded: ModelT = fsdp2_prepare_model(accelerator, model)
     register_fsdp_forward_method(sharded, "generate")  # else the outermost parameters are not gathered for it
     return sharded
 

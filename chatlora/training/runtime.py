@@ -68,9 +68,18 @@ class Runtime:
     def autocast_dtype(self) -> torch.dtype | None:
         return None if self.dtype == torch.float32 else self.dtype
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether each process holds a part of the base model only, so that a forward pass takes all of them."""
+        return self.engine in ("zero3", "fsdp2")
+
     def place(self, model: ModelT) -> ModelT:
         """Onto the device, where the engine does not do that itself, a part to each process."""
-        return model if self.engine in ("zero3", "fsdp2") else model.to(self.device)
+        return model if self.is_spread else model.to(self.device)
+
+    def for_generation(self, model: ModelT) -> ModelT:
+        """A model that is only asked to generate, whole or spread as the engine has it."""
+        return engines.shard_for_generation(self.accelerator, model) if self.engine == "fsdp2" else model
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         prepared: tuple[nn.Module, torch.optim.Optimizer] = self.accelerator.prepare(model, optimizer)

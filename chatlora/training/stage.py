@@ -35,10 +35,12 @@ from chatlora.model.loading import load_base_model, load_tokenizer, refuse_ids_w
 from chatlora.model.lora import add_lora, describe_lora, trainable
 from chatlora.model.loss import TargetLoss
 from chatlora.model.serving import save_adapter, save_generation_config, served_class, why_not_served
+from chatlora.model.spread import layer_by_layer, num_elements
 from chatlora.run_directory import RunDirectory
 from chatlora.training.card import model_card
 from chatlora.training.checkpoint import home_of, read_checkpoint, refuse_full_disk, why_broken
 from chatlora.training.runtime import Runtime
+from chatlora.training.state import gather_adapter
 from chatlora.training.timetable import Timetable
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
@@ -100,7 +102,7 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
 
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    base = load_base_model(config.model, dtype=runtime.dtype).to(runtime.device)
+    base = runtime.place(load_base_model(config.model, dtype=runtime.dtype))
     runtime = choose_layout(base, runtime, run)
     identity = base_model_identity(base)
     refuse_ids_without_row(base, tokenizer, data.largest_id)
@@ -110,7 +112,8 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
         run.say(line)
     if config.model.gradient_checkpointing:
         adapted.activation_checkpointing_enable({"use_reentrant": False})
-    loss = TargetLoss(adapted, packed=not runtime.padded, autocast_dtype=runtime.autocast_dtype)
+    with layer_by_layer(adapted):
+        loss = TargetLoss(adapted, packed=not runtime.padded, autocast_dtype=runtime.autocast_dtype)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(
         list(trainable(loss).values()),
         weight_decay=config.optim.weight_decay,
@@ -135,7 +138,7 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
     facts = environment(runtime, renderer, data, identity) | {"init_from": init_from}
     if runtime.is_main:
         refuse_other_inputs(config, facts)
-        size = sum(parameter.numel() for parameter in trainable(adapted).values())
+        size = sum(num_elements(parameter) for parameter in trainable(adapted).values())
         refuse_full_disk(run.checkpoints, size, config.checkpoint.keep_last)
     run.describe(config, facts, data.ledger)
     return Actors(config, runtime, tokenizer, renderer, adapted, model, optimizer, batches, data)
@@ -143,8 +146,10 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
 
 def choose_layout(base: PreTrainedModel, runtime: Runtime, run: RunDirectory) -> Runtime:
     """Packed where the loaded model computes the same packed, else right-padded; said once, with the reason."""
-    reason = why_not_packed(base, exact=runtime.dtype == torch.float32)
-    if reason is None:
+    with layer_by_layer(base):
+        reason = why_not_packed(base, exact=runtime.dtype == torch.float32)
+    reason = runtime.share(reason or "")
+    if not reason:
         run.say("batches are packed: on this model, probed, conversations do not see each other and nothing is padded")
         return runtime
     run.say(f"batches are padded: this model cannot be packed here, {reason}")
@@ -168,9 +173,9 @@ def out_of_memory_told(config: Config, runtime: Runtime) -> Iterator[None]:
 
 def put_away(actors: Actors, run: RunDirectory) -> None:
     """The last step's adapter, with tokenizer, chat template, stop tokens and card, beside the run's other files."""
+    weights = gather_adapter(actors.runtime, actors.model, actors.optimizer)
     if not actors.runtime.is_main:
         return
-    weights = {name: parameter.detach() for name, parameter in trainable(actors.adapted).items()}
     export(actors, run, weights, run.adapter)
     run.say(f"the adapter is in {run.adapter}")
     best = run.best_step()
