@@ -310,6 +310,16 @@ def test_all_28_layers_of_the_6b_model(room: Path) -> None:
         )
 
 
+@pytest.mark.slow
+def test_a_pickle_of_the_6b_model_s_shapes_takes_no_more_memory_than_itself(room: Path) -> None:
+    config = SIX_B | {"num_layers": 2}
+    (room / "old").mkdir()
+    (room / "old/config.json").write_text(json.dumps(config))
+    path = room / "old/pytorch_model.bin"
+    torch.save({name: torch.ones(known.shape).half() for name, known in known_tensors(config).items()}, path)
+    assert finish(start(room / "old", room / "new")) <= path.stat().st_size + 500 * MB
+
+
 # ---- what is refused
 
 

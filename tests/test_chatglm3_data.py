@@ -199,6 +199,38 @@ def test_batches_are_as_wide_as_the_original_s(recordings: Path) -> None:
             assert {name: values.tolist() for name, values in padded.items()} == {name: batch[name] for name in padded}
 
 
+BROKEN_TEMPLATES = {  # a change in the template, and the recordings that must see it
+    "no space before the content": ("{{ ' ' ~ content }}", "{{ content }}", "process_batch.json"),
+    "a space before no content": (
+        "{%- if content %}{{ ' ' ~ content }}{% endif -%}",
+        "{{ ' ' ~ content }}",
+        "process_batch.json",
+    ),
+    "no end after a last question": ("{{ '</s>' }}", "", "process_batch.json"),
+    "tools in one line": ("tojson(indent=4)", "tojson", "tools_format_2023_11.json"),
+    "calls as JSON": ("name ~ '=' ~ python(value)", "name ~ '=' ~ (value | tojson)", "tools_format_2023_11.json"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_TEMPLATES)
+def test_the_recordings_see_a_broken_template(tokenizer: PreTrainedTokenizerBase, recordings: Path, case: str) -> None:
+    whole, broken, name = BROKEN_TEMPLATES[case]
+    assert tokenizer.chat_template.count(whole) == 1
+    renderer = Renderer(
+        tokenizer, chat_template=tokenizer.chat_template.replace(whole, broken), generation_stop_ids=STOP_IDS
+    )
+    different = 0
+    for recorded in load(recordings / name):
+        told = conversation(recorded["conversations"], recorded.get("tools"), learn_observations=True)
+        try:
+            (example,) = renderer.render(told, max_length=1000).examples
+            max_length = recorded.get("max_input_length", 999) + recorded.get("max_output_length", 0) + 1
+            different += example.input_ids[:max_length] != recorded["input_ids"]
+        except SetAside:
+            different += is_learned(recorded["labels"])
+    assert different
+
+
 # ---- against the original's rules, on more than was recorded
 
 BITS = [
