@@ -405,6 +405,9 @@ def test_a_missing_shard_and_a_wrong_index_are_refused(tmp_path: Path) -> None:
     second.unlink()
     with pytest.raises(ModelError, match=r"00002-of-00003.bin: is missing"):
         convert(tmp_path / "old", tmp_path / "other")
+    (tmp_path / "old/pytorch_model.bin.index.json").write_text('{"metadata": {}}')
+    with pytest.raises(ModelError, match="is no index of a checkpoint"):
+        convert(tmp_path / "old", tmp_path / "other")
 
 
 class Evil:

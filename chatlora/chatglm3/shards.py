@@ -67,7 +67,7 @@ def find_shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         ("pytorch_model.bin.index.json", "pytorch_model.bin"),
     ):
         if (folder / index_name).is_file():
-            weight_map: dict[str, str] = json.loads((folder / index_name).read_text(encoding="utf-8"))["weight_map"]
+            weight_map = _weight_map(folder / index_name)
             names = sorted(set(weight_map.values()))
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:
@@ -76,6 +76,13 @@ def find_shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         if (folder / single).is_file():
             return [folder / single], None
     raise ModelError(f"{folder}: has no weights (model*.safetensors or pytorch_model*.bin with its index)")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return {str(name): str(file) for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: is no index of a checkpoint ({error!r}); fetch it again") from None
 
 
 class _SafetensorsShard:
