@@ -131,7 +131,7 @@ def head_is_plain(causal: PreTrainedModel) -> bool:
     was_training = causal.training
     causal.eval()
     hidden = causal.base_model(input_ids=probe, use_cache=False).last_hidden_state
-    plain = head(hidden)
+    plain = head(hidden.to(head.weight.dtype))  # Mamba's residuals are fp32, whatever the head is
     same = torch.equal(plain, causal(input_ids=probe, use_cache=False).logits.to(plain.dtype))
     causal.train(was_training)
     return same
