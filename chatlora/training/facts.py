@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +43,27 @@ def _launcher() -> tuple[dict[str, Any], dict[str, Any]]:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
         return {}, {}
-    is_accelerate = any("accelerate" in Path(word).parts[-1:] or "accelerate." in word for word in words[:3] if word)
-    if not is_accelerate:
+    given = _given_to_accelerate(words)
+    if given is None:
         return {}, {}
     from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command_parser
 
-    start = words.index("launch") + 1 if "launch" in words[:3] else 1
-    # The launcher has parsed the same words, and gone on.
-    arguments = vars(launch_command_parser().parse_known_args([word for word in words[start:] if word])[0])
+    arguments = vars(launch_command_parser().parse_known_args(given)[0])  # it has parsed the same words, and gone on
     path = Path(arguments["config_file"] or default_config_file)
     if not path.is_file() or (arguments["config_file"] is None and arguments["cpu"]):
         return arguments, {}
     return arguments, {**(yaml.safe_load(path.read_text(encoding="utf-8")) or {}), "path": str(path)}
+
+
+def _given_to_accelerate(words: Sequence[str]) -> list[str] | None:
+    """What follows `accelerate launch` in a command line; None where that is not what it calls."""
+    for place, word in enumerate(words[:4]):
+        before = Path(words[place - 1]).name if place else ""
+        is_second_word = word == "launch" and before in ("accelerate", "accelerate_cli.py")
+        if is_second_word or word.endswith(("accelerate-launch", "accelerate.commands.launch", "commands/launch.py")):
+            return [each for each in words[place + 1 :] if each]
+    return None
 
 
 def _deepspeed_settings(config_file: Mapping[str, Any]) -> dict[str, Any]:

@@ -94,6 +94,9 @@ def _processes(facts: Facts) -> Iterator[Problem]:
 
 
 def _engine(facts: Facts) -> Iterator[Problem]:
+    if facts.says("ACCELERATE_USE_DEEPSPEED") == "true" and facts.says("ACCELERATE_USE_FSDP") == "true":
+        yield Problem("distributed_type", "DeepSpeed and FSDP were both asked for: keep one of them")
+        return
     asked = facts.asked_engine
     fsdp_version = facts.says("FSDP_VERSION") or "1"
     if asked.startswith("zero") and asked not in ("zero1", "zero2", "zero3"):
@@ -115,7 +118,7 @@ def _engine(facts: Facts) -> Iterator[Problem]:
         yield Problem(
             "RANK", f"{asked} was asked for, but no launcher gave this process a rank: use `accelerate launch`"
         )
-    elif facts.engine is not None and facts.engine != asked:
+    elif facts.num_processes == facts.world_size and facts.engine != asked:
         yield Problem("distributed_type", f"{asked} was asked for and {facts.engine} runs: see {CONFIGS}/")
 
 
@@ -126,8 +129,6 @@ def _features(facts: Facts) -> Iterator[Problem]:
         yield Problem("parallelism_config", "tensor, context and sequence parallelism do not run here: leave it out")
     if (facts.says("ACCELERATE_DYNAMO_BACKEND") or "NO").upper() != "NO":
         yield Problem("dynamo_backend", "torch.compile does not run here, since lengths differ in every step: say no")
-    if facts.says("ACCELERATE_USE_DEEPSPEED") == "true" and facts.says("ACCELERATE_USE_FSDP") == "true":
-        yield Problem("distributed_type", "DeepSpeed and FSDP were both asked for: keep one of them")
 
 
 def _precision(facts: Facts) -> Iterator[Problem]:

@@ -85,8 +85,10 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
     """Data rendered and proved, the model loaded and probed, the adapter put on, everything handed to the engine."""
     if not config.data.train:
         raise ConfigError("data.train names no rows to train on: give a file, a folder or a data set of the hub")
+    run.say(f"{runtime.num_processes} process(es), {runtime.engine} on {runtime.hardware()}, {runtime.precision}")
+    for note in runtime.notes:
+        run.say(note)
     run.say(f"run directory {run.path}")
-    run.say(f"{runtime.engine} on {runtime.hardware()}, {runtime.num_processes} process(es), {runtime.precision}")
     tokenizer = load_tokenizer(config.model)
     renderers: list[Renderer] = []
 
@@ -131,9 +133,10 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
         runtime.padded,
     )
     steps = Timetable(config.optim, batches.steps_per_epoch, config.checkpoint.every_steps).num_steps
+    first = batches[0]
     run.say(
-        f"{steps} steps of {config.optim.global_batch_size} examples, "
-        f"at most {runtime.token_budget:,} tokens a micro-batch"
+        f"{steps:,} steps of {config.optim.global_batch_size} examples; the first: {first.num_tokens:,} tokens in "
+        f"{first.num_micro_batches} micro-batch(es) a process, of at most {runtime.token_budget:,} tokens each"
     )
     facts = environment(runtime, renderer, data, identity) | {"init_from": init_from}
     if runtime.is_main:
