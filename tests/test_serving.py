@@ -21,7 +21,7 @@ from chatlora.config import LoraConfig, ModelConfig
 from chatlora.data.collate import pad_right
 from chatlora.errors import ConfigError, ModelError
 from chatlora.model.continuing import start_from
-from chatlora.model.loading import load_adapter, load_base_model
+from chatlora.model.loading import load_adapter, load_base_model, load_for_inference
 from chatlora.model.lora import add_lora, trainable
 from chatlora.model.loss import TargetLoss
 from chatlora.model.serving import WEIGHTS, save_adapter, served_class, why_not_served
@@ -33,17 +33,17 @@ from tests.tiny_tokenizers import tiny_tokenizer
 
 IDS = torch.arange(3, 23)[None]
 VISION = {"hidden_size": 32, "intermediate_size": 32}
-WITH_EYES: dict[str, Callable[[], PreTrainedModel]] = {
-    "Qwen3.5": lambda: Qwen3_5ForConditionalGeneration(
+WITH_EYES: dict[str, Callable[..., PreTrainedModel]] = {
+    "Qwen3.5": lambda **changes: Qwen3_5ForConditionalGeneration(
         Qwen3_5Config(
-            text_config={**SHAPE, **FAMILIES["Qwen3.5"][2]},
+            text_config={**SHAPE, **FAMILIES["Qwen3.5"][2], **changes},
             vision_config={**VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16},
             **{f"{name}_token_id": 310 + i for i, name in enumerate(("image", "video", "vision_start", "vision_end"))},
         )
     ),
-    "Gemma-3": lambda: Gemma3ForConditionalGeneration(
+    "Gemma-3": lambda **changes: Gemma3ForConditionalGeneration(
         Gemma3Config(
-            text_config={**SHAPE, **FAMILIES["Gemma-3"][2]},
+            text_config={**SHAPE, **FAMILIES["Gemma-3"][2], **changes},
             vision_config={
                 **VISION,
                 "num_hidden_layers": 1,
@@ -60,11 +60,11 @@ WITH_EYES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-def saved(family: str, folder: Path) -> Path:
+def saved(family: str, folder: Path, **changes: int) -> Path:
     """A checkpoint as it is published; `family with eyes` is the multimodal one."""
     torch.manual_seed(0)
     name = family.removesuffix(" with eyes")
-    model = WITH_EYES[name]() if name != family else build_base(name)
+    model = WITH_EYES[name](**changes) if name != family else build_base(name)
     model.save_pretrained(folder / "model")
     return folder / "model"
 
@@ -120,6 +120,20 @@ def test_the_saved_adapter_works_under_the_class_that_the_checkpoint_names(famil
         load_base_model(ModelConfig(name_or_path=str(checkpoint)), dtype=torch.float32), tmp_path / "adapter"
     )
     assert float((logits(again) - logits(model)).norm() / alone.norm()) < 1e-5  # evaluate.py's way
+
+
+def test_train_py_leaves_an_adapter_that_the_multimodal_model_takes(run: Callable[..., Path], tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    checkpoint = saved("Qwen3.5 with eyes", tmp_path, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(checkpoint)
+    folder = run("--model.name_or_path", str(checkpoint), "--optim.max_steps", "2", "--lora.dropout", "0")
+    base = Qwen3_5ForConditionalGeneration.from_pretrained(checkpoint).eval()
+    alone = logits(base)
+    opened = logits(PeftModel.from_pretrained(base, folder / "adapter").eval())
+    assert float((opened - alone).norm() / alone.norm()) > 1e-3
+    assert "Qwen3_5ForConditionalGeneration.from_pretrained" in (folder / "adapter" / "README.md").read_text()
+    ours, _ = load_for_inference(folder)
+    assert float((logits(ours) - opened).norm() / alone.norm()) < 1e-5
 
 
 def test_under_the_trained_classs_names_a_server_ignores_the_adapter_and_the_check_says_so(tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ class SummedCrossEntropy(torch.autograd.Function):
     """sum of -log softmax(hidden @ weight.T)[target], with the gradient made in the forward pass, a chunk at a time.
 
     Two matrix products a chunk and no more, since the head is frozen. torch's own F.linear_cross_entropy is the same
-    idea; here the sum stays in fp32 (there it comes back in the input's dtype, up to 0.5 % off for a chunk in bf16), and
-    bf16 products stay bf16 on a CPU (there the whole weight is copied to fp32 for every chunk: 2.6 times slower).
+    idea; here the sum stays in fp32 (there it has the input's dtype, up to 0.5 % off for a chunk in bf16), and bf16
+    products stay bf16 on a CPU (there the whole weight is copied to fp32 for every chunk: 2.6 times slower).
     """
 
     @staticmethod
