@@ -3,6 +3,7 @@
 Run: pytest tests/test_limits.py
 """
 
+import re
 import resource
 import signal
 import sys
@@ -139,7 +140,7 @@ def test_a_row_of_megabytes_that_cannot_fit_costs_nothing(over_length: str) -> N
     began = time.process_time()
     with pytest.raises((SetAside, DataError), match=r"max_length`? is 2048"):
         renderer.render(row, max_length=2048, over_length=over_length)
-    assert time.process_time() - began < 1
+    assert time.process_time() - began < 5  # rendered, it takes half a minute
 
 
 def test_a_conversation_that_takes_seconds_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,4 +151,4 @@ def test_a_conversation_that_takes_seconds_is_said_once(monkeypatch: pytest.Monk
     rows = [(0, conversation(answer)) for answer in ("stay", "go", "go")]
     assert len(list(outcomes(rows, work, 0, Effort(), said.append))) == 3
     (line,) = said
-    assert line.startswith("train.jsonl:7: rendering took 0 seconds (2 messages)")
+    assert re.match(r"train\.jsonl:7: rendering took \d+ seconds \(2 messages\)", line)
