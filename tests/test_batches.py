@@ -1,5 +1,8 @@
 """Every example once an epoch, the same steps for any number of processes, even shares within the budget."""
 
+import resource
+import time
+
 import numpy as np
 import pytest
 
@@ -82,3 +85,50 @@ def test_validation_takes_every_example_once(rows: int) -> None:
         for index in members.tolist()
     ]
     assert sorted(seen) == list(range(rows))
+
+
+# ---- at scale, simulated
+
+RANKS, TOKENS = 1024, 65_536  # tokens of a rank and step
+
+
+@pytest.fixture(scope="module")
+def ten_million() -> np.ndarray:
+    return np.clip(np.random.default_rng(0).lognormal(6, 1, 10_000_000), 8, 8192).astype(np.int32)
+
+
+def cost(lengths: np.ndarray, members: np.ndarray, padded: bool) -> int:
+    return int(lengths[members].max(initial=0) * len(members) if padded else lengths[members].sum())
+
+
+@pytest.mark.parametrize(
+    ("padded", "budget"), [(False, 65_536), (False, 16_384), (False, 8_192), (True, 16_384), (True, 8_192)]
+)
+def test_ten_million_rows_on_a_thousand_ranks(ten_million: np.ndarray, padded: bool, budget: int) -> None:
+    """Any step under a second and 2 GB on one core, without walking there; the slowest rank near the mean."""
+    batch = RANKS * TOKENS // int(ten_million.mean())
+    for step in (0, 5_000):
+        dealt = batches(ten_million, processes=RANKS, padded=padded, batch=batch, budget=budget)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        began = time.process_time()
+        found = dealt[step]
+        seconds = time.process_time() - began
+        loads = [sum(cost(ten_million, members, padded) for members in rank) for rank in found.micro_batches]
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        memory = grown + 3 * ten_million.nbytes  # lengths, targets and what their making took
+        slowest = max(loads) / np.mean(loads) - 1
+        print(
+            f"padded {padded}, {budget}: step {step} {seconds:.2f} s, slowest rank +{slowest:.2%}, {memory / 1e9:.1f} GB"
+        )
+        assert seconds < 1
+        assert memory < 2e9
+        assert slowest < 0.03
+        assert len(np.unique(found.indices)) == len(found.indices) == batch
+
+
+def test_every_row_once_an_epoch_on_a_thousand_ranks() -> None:
+    for rows in (1, 20, 3_000):
+        lengths = draw(rows)
+        dealt = batches(lengths, processes=RANKS, batch=2_000)
+        seen = np.concatenate([dealt[step].indices for step in range(dealt.steps_per_epoch)])
+        assert sorted(seen.tolist()) == list(range(rows))

@@ -147,12 +147,26 @@ def _greedy(longest_first: Indices, lengths: np.ndarray, num_bins: int) -> list[
 
 
 def _rectangles(longest_first: Indices, lengths: np.ndarray, budget: int, num_processes: int) -> list[Indices]:
-    """Runs of similar lengths whose padded rectangle fits the budget, and empty ones up to a multiple of the ranks."""
-    bins: list[Indices] = []
+    """Runs of similar lengths whose padded rectangle fits the budget, equally many a rank.
+
+    The budget is lowered as far as it takes no more runs: they come out alike, and few stay empty.
+    """
+    in_order = lengths[longest_first].tolist()
+    wanted = -(-len(_runs(in_order, budget)) // num_processes) * num_processes
+    low, high = in_order[0], budget
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_runs(in_order, middle)) <= wanted else (middle + 1, high)
+    bins = [longest_first[start:stop] for start, stop in _runs(in_order, high)]
+    return bins + [np.empty(0, dtype=np.int64)] * (wanted - len(bins))
+
+
+def _runs(longest_first: list[int], budget: int) -> list[tuple[int, int]]:
+    """Where runs of lengths begin and end, each as long as the budget allows."""
+    runs = []
     start = 0
     while start < len(longest_first):
-        rows = max(1, budget // int(lengths[longest_first[start]]))
-        bins.append(longest_first[start : start + rows])
-        start += rows
-    missing = -len(bins) % num_processes
-    return bins + [np.empty(0, dtype=np.int64)] * missing
+        stop = start + budget // longest_first[start]
+        runs.append((start, stop))
+        start = stop
+    return runs
