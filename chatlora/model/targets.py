@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from chatlora.errors import ModelError, did_you_mean
+from chatlora.model.spread import full_shape
 
 ALL_LINEAR = "all-linear"
 WRAPPED = ".base_layer"  # PEFT's name for what it put itself around
@@ -137,7 +138,8 @@ def _stacked(module: nn.Module) -> list[tuple[str, int]]:
     """The tensors of a module that hold one matrix for each expert, and how many."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return []
-    return [(name, tensor.shape[0]) for name, tensor in module.named_parameters(recurse=False) if tensor.dim() == 3]
+    shapes = {name: full_shape(tensor) for name, tensor in module.named_parameters(recurse=False)}
+    return [(name, shape[0]) for name, shape in shapes.items() if len(shape) == 3]
 
 
 def _is_mamba(module: nn.Module) -> bool:
