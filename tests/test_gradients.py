@@ -1,9 +1,8 @@
-"""Packed, padded or one by one, fused or through the model's own head: the same loss and the same gradient.
+"""The loss and its gradient against a plain reference; test_models.py asks the same of every family of models.
 
-The reference is plain: one conversation at a time, the model's own attention, all logits, cross-entropy in fp64.
+The reference: one conversation at a time, the model's own attention, all logits, cross-entropy in fp64.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,61 +10,21 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import (
-    AttentionInterface,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GlmConfig,
-    GlmForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    Lfm2Config,
-    Lfm2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AttentionInterface
 
 from chatlora.data.collate import pack, pad_right
 from chatlora.data.examples import IGNORE_INDEX, Example
 from chatlora.model.attention import PACKED, why_not_packed
 from chatlora.model.lora import trainable
 from chatlora.model.loss import LossHead, TargetLoss
+from tests.model_families import VOCABULARY, build_base
 
 TOLERANCE = 1e-5  # relative, in norm
-VOCABULARY = 320
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "pad_token_id": 0,
-    "initializer_range": 0.1,
-}
-FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=True)),
-    "glm": lambda: GlmForCausalLM(GlmConfig(**SHAPE, attention_bias=True)),
-    "mistral with a window": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=8)),
-    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SHAPE, attention_multiplier=0.5, logits_scaling=3.0)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, sliding_window=8, query_pre_attn_scalar=16)),
-}
-NOT_PACKED = {"gemma2"}  # soft-capped attention, which no packed kernel here computes
-OWN_HEAD = {"gemma2", "granite"}  # soft-capped and scaled logits
 
 
 def build(family: str, *, dropout: float = 0.0) -> PeftModel:
     """A random model with an adapter that already does something."""
-    torch.manual_seed(0)
-    base = FAMILIES[family]()
-    base.set_attn_implementation("sdpa" if family not in NOT_PACKED else "eager")
+    base = build_base(family)
     settings = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout)
     model = get_peft_model(base, settings)
     for name, parameter in trainable(model).items():
@@ -112,28 +71,6 @@ def relative(got: tuple[float, torch.Tensor], wanted: tuple[float, torch.Tensor]
     return abs(got[0] / wanted[0] - 1), float((got[1] - wanted[1]).norm() / wanted[1].norm())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_and_padded_equal_one_by_one(family: str, checkpointing: bool) -> None:
-    model, examples = build(family), conversations()
-    wanted = one_by_one(model, examples)
-    verdict = why_not_packed(model.get_base_model(), exact=True)
-    assert (verdict is None) == (family not in NOT_PACKED), verdict
-    loss = TargetLoss(model, packed=False, autocast_dtype=None).train()
-    assert loss.fused == (family not in OWN_HEAD)
-    if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    layouts = {"padded": pad_right(examples)}
-    if verdict is None:
-        layouts["packed"] = pack(examples)
-    for layout, batch in layouts.items():
-        if layout == "packed":
-            model.get_base_model().set_attn_implementation(PACKED)
-        off = relative(through_target_loss(loss, batch), wanted)
-        print(f"{family}, {layout}, checkpointing {checkpointing}: loss {off[0]:.1e}, gradient {off[1]:.1e}")
-        assert max(off) <= TOLERANCE
-
-
 def crossing(module: Any, query: Any, key: Any, value: Any, mask: Any, *, scaling: Any = None, **others: Any) -> Any:
     """Broken on purpose: a token sees the conversations in front of its own."""
     output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
@@ -150,7 +87,7 @@ def unscaled(module: Any, query: Any, key: Any, value: Any, mask: Any, *, cu_seq
 
 @pytest.mark.parametrize("broken", [crossing, unscaled])
 def test_a_broken_attention_is_caught(broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, examples = build("granite"), conversations()
+    model, examples = build("Granite"), conversations()
     wanted = one_by_one(model, examples)
     AttentionInterface.register("broken", broken)
     monkeypatch.setattr("chatlora.model.attention.PACKED", "broken")
@@ -160,15 +97,8 @@ def test_a_broken_attention_is_caught(broken: Any, monkeypatch: pytest.MonkeyPat
     assert max(relative(through_target_loss(loss, pack(examples)), wanted)) > 1000 * TOLERANCE  # and so does this test
 
 
-def test_a_model_that_mixes_by_more_than_attention_is_padded() -> None:
-    torch.manual_seed(0)
-    layers = ["conv", "full_attention"]
-    base = Lfm2ForCausalLM(Lfm2Config(**{**SHAPE, "layer_types": layers}, block_auto_adjust_ff_dim=False))
-    assert why_not_packed(base, exact=True) is not None
-
-
 def test_a_rank_without_work_gives_zero_loss_and_zero_gradients() -> None:
-    model = build("llama")
+    model = build("Llama")
     loss = TargetLoss(model, packed=True, autocast_dtype=None)
     summed, grads = through_target_loss(loss, pack([]))
     assert summed == 0
@@ -176,7 +106,7 @@ def test_a_rank_without_work_gives_zero_loss_and_zero_gradients() -> None:
 
 
 def test_the_cache_is_off_in_training() -> None:
-    model = build("llama")
+    model = build("Llama")
     assert model.config.use_cache
     loss = TargetLoss(model, packed=False, autocast_dtype=None)
     assert not loss.model.get_base_model().config.use_cache
@@ -184,8 +114,7 @@ def test_the_cache_is_off_in_training() -> None:
 
 @pytest.mark.parametrize("trained", ["lm_head"])
 def test_a_trained_head_goes_through_the_models_own_head(trained: str) -> None:
-    torch.manual_seed(0)
-    base = FAMILIES["llama"]()
+    base = build_base("Llama")
     model = get_peft_model(base, LoraConfig(r=4, target_modules=[trained, "q_proj"], task_type="CAUSAL_LM"))
     examples = conversations()
     wanted = one_by_one(model, examples)
@@ -213,7 +142,7 @@ def test_bf16_keeps_the_adapter_in_fp32_and_follows_fp32(checkpointing: bool) ->
     """20 AdamW steps on the CPU, a bf16 base under autocast against fp32: losses within 2 %."""
     losses = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model = build("llama", dropout=0.0)
+        model = build("Llama", dropout=0.0)
         adapter = trainable(model)
         for name, parameter in model.named_parameters():
             if name not in adapter:
@@ -237,7 +166,7 @@ def test_bf16_keeps_the_adapter_in_fp32_and_follows_fp32(checkpointing: bool) ->
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, TOLERANCE), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "glm"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "GLM"])
 def test_on_a_gpu_packed_equals_one_by_one(family: str, dtype: torch.dtype, tolerance: float) -> None:
     model, examples = build(family).cuda(), conversations()
     adapter = trainable(model)
