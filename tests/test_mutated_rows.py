@@ -57,7 +57,7 @@ def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def mutated(rng: random.Random) -> dict[str, Any]:
     row = copy.deepcopy(rng.choice(ROWS))
     for _ in range(rng.choice([1, 1, 1, 2])):
-        path = rng.choice(list(paths(row)))
+        path = rng.choice(list(paths(row)) or [("messages",)])
         inside = row
         for key in path[:-1]:
             inside = inside[key]
@@ -65,9 +65,9 @@ def mutated(rng: random.Random) -> dict[str, Any]:
         if action < 0.7:
             inside[path[-1]] = copy.deepcopy(rng.choice(JUNK))
         elif action < 0.85:
-            del inside[path[-1]]
+            inside.pop(path[-1], None) if isinstance(inside, dict) else inside.pop(path[-1])
         elif isinstance(inside, dict):
-            inside[str(path[-1]) + "s"] = inside.pop(path[-1])
+            inside[str(path[-1]) + "s"] = inside.pop(path[-1], None)
         else:
             inside.insert(path[-1], copy.deepcopy(inside[path[-1]]))
     return row
