@@ -1,11 +1,17 @@
 """Fixtures that several test files share."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.fork_server import ForkServer
+
+# Before torch is imported. Tests run side by side and start processes of their own: OpenMP threads that wait by spinning
+# would take each other's cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
