@@ -24,6 +24,7 @@ OTHER: dict[str, Any] = {
     "lora.dropout": 0.3,
     "lora.target_modules": ["q_proj"],
     "lora.variant": "rslora",
+    "lora.init_from": "other/adapter",
     "data.train": [{"path": "other.jsonl"}],
     "data.validation": 0.3,
     "data.test": [{"path": "test.jsonl"}],

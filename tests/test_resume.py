@@ -254,7 +254,7 @@ def test_killed_between_micro_batches_a_run_sees_the_same_examples(
     """65 examples in batches of 16: the fifth step of an epoch has one. Killed in the second epoch, then after that."""
     argv += ["--optim.max_tokens_per_micro_batch", "300"]
     traces = []
-    for name, kills in (("whole", ()), ("killed", (27, 9)[: 3 - ranks])):
+    for name, kills in (("whole", ()), ("killed", (23, 9) if ranks == 1 else (14,))):
         here = tmp_path / name
         (here / "trace").mkdir(parents=True)
         for call in kills:
@@ -400,7 +400,7 @@ def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used(
     (newest_home / "moments.safetensors").write_bytes(content)
     before = server.log.stat().st_size
     assert server.run(argv, tmp_path) == [0]
-    told = server.log.read_text()[before:]
+    told = server.log.read_bytes()[before:].decode()
     assert "step-000006 is broken: moments.safetensors is not what was written" in told
     assert "going on after step 3 of 10: 48 examples, 0.74 epochs are done" in told
     assert differences(tmp_path / "run", whole(1).outcome) == []
@@ -423,6 +423,7 @@ def test_a_lost_best_checkpoint_is_said_and_ends_nothing(run: Run, capsys: pytes
 
 LIMITED = """
 import os, resource
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the limit is on every file
 from chatlora.training.runtime import Runtime
 real, calls = Runtime.clip_gradients, []
 def limited(*arguments):
