@@ -8,8 +8,8 @@ import pytest
 
 from tests.fork_server import ForkServer
 
-# Before torch is imported. Tests run side by side and start processes of their own: OpenMP threads that wait by spinning
-# would take each other's cores.
+# Before torch is imported. Tests run side by side and start processes of their own: OpenMP threads that wait by
+# spinning would take each other's cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

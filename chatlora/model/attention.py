@@ -3,6 +3,7 @@
 T: tokens of all conversations of a micro-batch together; H, K: query and key/value heads; D: head size.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -110,20 +111,21 @@ def _segments(
     window: int | None,
 ) -> torch.Tensor:
     """One scaled_dot_product_attention a conversation: exact on every device and in every precision."""
-    dtype = query.dtype
-    if query.device.type == "cpu":
+    dtype, on_cpu = query.dtype, query.device.type == "cpu"
+    if on_cpu:
         # In fp32 whatever the model's precision: closer, and for conversations of chat length faster than bf16, whose
         # kernel on CPUs pays for short rows (77 tokens: 2.3 times, 300: 1.1 times, 865: 0.9 times).
         query, key, value = query.float(), key.float(), value.float()
     outputs = []
-    for q, k, v in zip(*(torch.split(each, lengths, 2) for each in (query, key, value)), strict=True):
-        length = q.shape[2]
-        band = None if window is None or length <= window else _band(length, window, q.device)
-        outputs.append(
-            scaled_dot_product_attention(
-                q, k, v, attn_mask=band, is_causal=band is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+    with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():  # autocast would take it back to bf16
+        for q, k, v in zip(*(torch.split(each, lengths, 2) for each in (query, key, value)), strict=True):
+            length, grouped = q.shape[2], q.shape[1] != k.shape[1]
+            band = None if window is None or length <= window else _band(length, window, q.device)
+            outputs.append(
+                scaled_dot_product_attention(
+                    q, k, v, attn_mask=band, is_causal=band is None, scale=scaling, enable_gqa=grouped
+                )
             )
-        )
     return torch.cat(outputs, 2).to(dtype).transpose(1, 2)
 
 

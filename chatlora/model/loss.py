@@ -69,7 +69,8 @@ class SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * scale.to(gradient.dtype), None, None
+        # One over the targets is not a number of bf16: rounded first, it would make the norm depend on the batch.
+        return (gradient.float() * scale).to(gradient.dtype), None, None
 
 
 class TargetLoss(nn.Module):
