@@ -7,6 +7,7 @@ from chatlora.errors import ConfigError, did_you_mean, run_as_script
 
 COMMANDS = {
     "convert-chatglm3": "ChatGLM3 checkpoints and adapters -> native GLM, no remote code",
+    "invariance": "prove that a config gives one gradient, however many processes and micro-batches compute it",
     "schema": "print the JSON schema of a config file, from which editors complete",
 }
 USAGE = "usage: chatlora COMMAND ...\n\n" + "\n".join(f"  {name:<16} {meaning}" for name, meaning in COMMANDS.items())

@@ -10,6 +10,7 @@ torch 2.13 and DeepSpeed 0.19.8. Functions that read or write tensors are collec
 """
 
 import os
+import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ from chatlora.model.spread import full_shape
 from chatlora.training.checkpoint import MOMENTS
 
 TIMEOUT = timedelta(minutes=30)  # that one collective may take; work that is longer happens outside of them
+PATIENCE = timedelta(days=1)  # that the fastest process waits for the slowest to have its data
 WEIGHT = "weight"
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -40,22 +42,24 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 # ---- starting
 
 
-def start_accelerator(deepspeed: Mapping[str, Any] | None, timeout: timedelta = TIMEOUT) -> Accelerator:
+def start_accelerator(deepspeed: Mapping[str, Any] | None) -> Accelerator:
     """The Accelerator for what `accelerate launch`, torchrun or python set up; without an accelerator over gloo.
 
     deepspeed: the settings of its JSON where DeepSpeed was asked for, complete.
     """
     on_cpu = not torch.accelerator.is_available()
     fsdp = deepspeed is None and os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if deepspeed is not None and on_cpu:
-        _without_compiled_collectives()
+    if deepspeed is not None:
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # of functions that DeepSpeed calls
+        if on_cpu:
+            _without_compiled_collectives()
     accelerator = Accelerator(
         cpu=on_cpu and deepspeed is None,  # DeepSpeed finds the CPU by itself; told so, accelerate drops DeepSpeed
         deepspeed_plugin=None if deepspeed is None else DeepSpeedPlugin(hf_ds_config=dict(deepspeed)),
         mixed_precision="no",  # precision lives in the model: frozen base bf16, adapter fp32, autocast in TargetLoss
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         kwargs_handlers=[
-            InitProcessGroupKwargs(backend="gloo" if on_cpu and "LOCAL_RANK" in os.environ else None, timeout=timeout)
+            InitProcessGroupKwargs(backend="gloo" if on_cpu and "LOCAL_RANK" in os.environ else None, timeout=TIMEOUT)
         ],
     )
     if fsdp and accelerator.distributed_type == DistributedType.MULTI_CPU:
@@ -63,6 +67,13 @@ def start_accelerator(deepspeed: Mapping[str, Any] | None, timeout: timedelta = 
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     return accelerator
+
+
+def patient_group(accelerator: Accelerator) -> Any:
+    """A second connection between the processes, over gloo: to wait longer than a collective may take."""
+    if accelerator.num_processes == 1:
+        return None
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def _without_compiled_collectives() -> None:

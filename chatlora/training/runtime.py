@@ -36,6 +36,7 @@ class Runtime:
     dtype: torch.dtype  # of the base model; the adapter, its gradients and moments are fp32 in any case
     signals: StopSignals
     token_budget: int  # of one micro-batch on one process
+    patient: Any = None  # the process group of `meet`
     notes: tuple[str, ...] = ()  # what the launcher's settings said and is decided here
     padded: bool = False  # batches are right-padded instead of packed
     loads_spread: Any = None  # zero3: while it lives, transformers spreads a model over the processes as it loads it
@@ -151,6 +152,11 @@ class Runtime:
         """1 if a signal asked this process to stop, else 0."""
         return torch.tensor(float(self.signals.requested), device=self.device)
 
+    def meet(self) -> None:
+        """Wait for every process, for a day if need be: rendering takes its time, and not the same everywhere."""
+        if self.patient is not None:
+            torch.distributed.barrier(self.patient)
+
     def rank_0_says(self, answer: bool) -> bool:
         """Rank 0's answer, on every rank."""
         return self.share("yes" if answer else "") == "yes"
@@ -238,6 +244,7 @@ def start(config: Config) -> Runtime:
         dtype,
         signals,
         token_budget(config, device),
+        patient=engines.patient_group(accelerator),
         notes=tuple(notes(facts.deepspeed or {})),
         loads_spread=engines.load_spread(accelerator, dtype) if facts.engine == "zero3" else None,
     )

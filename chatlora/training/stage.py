@@ -24,7 +24,7 @@ from chatlora.claim import claim, refuse_other_inputs
 from chatlora.config import Config
 from chatlora.config_files import Loaded
 from chatlora.data.batches import GlobalBatches
-from chatlora.data.dataset import ExampleSet, PreparedData, prepare_training_data
+from chatlora.data.dataset import ExampleSet, PreparedData, Say, prepare_training_data
 from chatlora.data.ledger import summary_lines
 from chatlora.data.rendering import Renderer
 from chatlora.errors import ConfigError, ModelError, OutOfMemoryError
@@ -83,55 +83,18 @@ def open_run(loaded: Loaded, runtime: Runtime) -> tuple[Config, RunDirectory, bo
 
 def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
     """Data rendered and proved, the model loaded and probed, the adapter put on, everything handed to the engine."""
-    if not config.data.train:
-        raise ConfigError("data.train names no rows to train on: give a file, a folder or a data set of the hub")
     run.say(f"{runtime.num_processes} process(es), {runtime.engine} on {runtime.hardware()}, {runtime.precision}")
     for note in runtime.notes:
         run.say(note)
     run.say(f"run directory {run.path}")
-    tokenizer = load_tokenizer(config.model)
-    renderers: list[Renderer] = []
-
-    def make_renderer(any_reasoning: bool) -> Renderer:
-        renderers.append(renderer_for(tokenizer, config.model, any_reasoning=any_reasoning))
-        return renderers[0]
-
-    data = prepare_training_data(config.data, config.run.seed, make_renderer, cache=cache_root(), say=run.say)
-    (renderer,) = renderers
-    for line in summary_lines(data.ledger):
-        run.say(line)
+    tokenizer, renderer, data = load_data(config, runtime, run.say)
     config = config.with_values("model", chat_template_kwargs=renderer.chat_template_kwargs)
-
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-    base = runtime.place(load_base_model(config.model, dtype=runtime.dtype))
-    runtime = choose_layout(base, runtime, run)
-    identity = base_model_identity(base)
-    refuse_ids_without_row(base, tokenizer, data.largest_id)
-    adapted = add_lora(base, config.lora, config.run.seed)
+    runtime, adapted = load_model(config, runtime, tokenizer, data, run.say)
+    identity = base_model_identity(adapted.get_base_model())
     init_from = None if config.lora.init_from is None else start_from(adapted, config.lora)
-    for line in describe_lora(adapted):
-        run.say(line)
-    if config.model.gradient_checkpointing:
-        adapted.activation_checkpointing_enable({"use_reentrant": False})
-    with layer_by_layer(adapted):
-        loss = TargetLoss(adapted, packed=not runtime.padded, autocast_dtype=runtime.autocast_dtype)
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-        list(trainable(loss).values()),
-        weight_decay=config.optim.weight_decay,
-        fused=runtime.device.type in ("cpu", "cuda"),
-    )
-    model, optimizer = runtime.prepare(loss, optimizer)
+    model, optimizer = hand_over(adapted, runtime, weight_decay=config.optim.weight_decay)
 
-    batches = GlobalBatches(
-        data.train.lengths,
-        data.train.num_targets,
-        config.optim.global_batch_size,
-        runtime.token_budget,
-        config.run.seed,
-        runtime.num_processes,
-        runtime.padded,
-    )
+    batches = batches_of(config, runtime, data.train)
     steps = Timetable(config.optim, batches.steps_per_epoch, config.checkpoint.every_steps).num_steps
     first = batches[0]
     run.say(
@@ -147,15 +110,71 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
     return Actors(config, runtime, tokenizer, renderer, adapted, model, optimizer, batches, data)
 
 
-def choose_layout(base: PreTrainedModel, runtime: Runtime, run: RunDirectory) -> Runtime:
+def load_data(config: Config, runtime: Runtime, say: Say) -> tuple[PreTrainedTokenizerBase, Renderer, PreparedData]:
+    """The tokenizer, the renderer, and the rows rendered and proved, on every machine before any goes on."""
+    if not config.data.train:
+        raise ConfigError("data.train names no rows to train on: give a file, a folder or a data set of the hub")
+    tokenizer = load_tokenizer(config.model)
+    renderers: list[Renderer] = []
+
+    def make_renderer(any_reasoning: bool) -> Renderer:
+        renderers.append(renderer_for(tokenizer, config.model, any_reasoning=any_reasoning))
+        return renderers[0]
+
+    data = prepare_training_data(config.data, config.run.seed, make_renderer, cache=cache_root(), say=say)
+    runtime.meet()
+    (renderer,) = renderers
+    for line in summary_lines(data.ledger):
+        say(line)
+    return tokenizer, renderer, data
+
+
+def load_model(
+    config: Config, runtime: Runtime, tokenizer: PreTrainedTokenizerBase, data: PreparedData, say: Say
+) -> tuple[Runtime, PeftModel]:
+    """The base model with a fresh adapter, and the runtime that knows whether its batches are packed."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    base = runtime.place(load_base_model(config.model, dtype=runtime.dtype))
+    runtime = choose_layout(base, runtime, say)
+    refuse_ids_without_row(base, tokenizer, data.largest_id)
+    adapted = add_lora(base, config.lora, config.run.seed)
+    for line in describe_lora(adapted):
+        say(line)
+    if config.model.gradient_checkpointing:
+        adapted.activation_checkpointing_enable({"use_reentrant": False})
+    return runtime, adapted
+
+
+def hand_over(adapted: PeftModel, runtime: Runtime, **settings: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The loss around the model, and AdamW over its adapter, prepared for the engine."""
+    with layer_by_layer(adapted):
+        loss = TargetLoss(adapted, packed=not runtime.padded, autocast_dtype=runtime.autocast_dtype)
+    fused = runtime.device.type in ("cpu", "cuda")
+    return runtime.prepare(loss, torch.optim.AdamW(list(trainable(loss).values()), fused=fused, **settings))
+
+
+def batches_of(config: Config, runtime: Runtime, train_set: ExampleSet) -> GlobalBatches:
+    return GlobalBatches(
+        train_set.lengths,
+        train_set.num_targets,
+        config.optim.global_batch_size,
+        runtime.token_budget,
+        config.run.seed,
+        runtime.num_processes,
+        runtime.padded,
+    )
+
+
+def choose_layout(base: PreTrainedModel, runtime: Runtime, say: Say) -> Runtime:
     """Packed where the loaded model computes the same packed, else right-padded; said once, with the reason."""
     with layer_by_layer(base):
         reason = why_not_packed(base, exact=runtime.dtype == torch.float32)
     reason = runtime.share(reason or "")
     if not reason:
-        run.say("batches are packed: on this model, probed, conversations do not see each other and nothing is padded")
+        say("batches are packed: on this model, probed, conversations do not see each other and nothing is padded")
         return runtime
-    run.say(f"batches are padded: this model cannot be packed here, {reason}")
+    say(f"batches are padded: this model cannot be packed here, {reason}")
     return replace(runtime, padded=True)
 
 
