@@ -29,7 +29,8 @@ def generate(
         results.append(samples, generated, references)  # on disk before the next batch
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str], runtime: Runtime | None = None) -> None:
+    """runtime: that of a training which goes on to this in the same processes."""
     request = parse(argv)
     if request.predictions is not None:
         score_file(request)
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     from chatlora.evaluation import stage
     from chatlora.training import runtime as engine
 
-    runtime = engine.start(request.config)
+    runtime = runtime or engine.start(request.config)
     actors = stage.set_up(request, runtime)
     with stage.open_folders(request.folders, runtime) as parts:
         for name, part in parts.items():

@@ -120,15 +120,22 @@ def main(argv: Sequence[str]) -> None:
     if finished:
         print(f"{run.path} is finished: {run.summary()}")
     else:
-        with run.reporting():
-            actors = stage.set_up(config, runtime, run)
-            with stage.out_of_memory_told(actors.config, actors.runtime), runtime.signals.noted():
-                train(actors.config, actors.runtime, run, *actors.in_the_loop)
-            stage.put_away(actors, run)
+        train_and_put_away(config, runtime, run)
+        runtime.free()
     if config.evaluation.after_training and config.data.test:
         import evaluate
 
-        evaluate.main([str(run.path), "--compare", "base"])
+        evaluate.main([str(run.path), "--compare", "base"], runtime)
+
+
+def train_and_put_away(config: Config, runtime: Runtime, run: RunDirectory) -> None:
+    from chatlora.training import stage
+
+    with run.reporting():
+        actors = stage.set_up(config, runtime, run)
+        with stage.out_of_memory_told(actors.config, actors.runtime), runtime.signals.noted():
+            train(actors.config, actors.runtime, run, *actors.in_the_loop)
+        stage.put_away(actors, run)
 
 
 if __name__ == "__main__":

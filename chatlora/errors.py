@@ -14,6 +14,7 @@ Stopped                  exit status 75: a signal asked the run to stop
 """
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Self
@@ -127,6 +128,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+def this_rank() -> str:
+    """`"rank 1 of 2: "` in front of what one of several processes tells, else the empty string."""
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    return "" if world_size == "1" else f"rank {os.environ.get('RANK', '?')} of {world_size}: "
+
+
 def run_as_script(main: Callable[[Sequence[str]], None]) -> None:
     """Call `main` with the command line and leave with the exit status that the outcome deserves.
 
@@ -135,7 +142,7 @@ def run_as_script(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except ChatLoraError as error:
-        print(f"\n{error}", file=sys.stderr)
+        print(f"\n{this_rank()}{error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except Stopped as stop:
         print(f"\n{stop}", file=sys.stderr)

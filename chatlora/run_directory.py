@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from chatlora.config import Config
 from chatlora.config_files import config_text
-from chatlora.errors import CheckpointError, Stopped
+from chatlora.errors import CheckpointError, Stopped, this_rank
 from chatlora.progress import TrainingProgress, clock
 
 LOG, VALIDATION = LOGS = ("log.jsonl", "validation.jsonl")
@@ -170,7 +170,7 @@ class RunDirectory:
             # Of all ranks, the first that fails says why: what follows on the others is its doing.
             if self.path.is_dir() and not self._has_failed():
                 with suppress(OSError):  # a full disk does not hide the error that it caused
-                    self._tell("failed", str(error) or type(error).__name__)
+                    self._tell("failed", this_rank() + (str(error) or type(error).__name__))
             raise
         else:
             if self.writes:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from tests.fork_server import At, arm  # noqa: F401  for `import *`
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENGINES = {  # the configuration file -> the engine that must run
     "multi_gpu": "ddp",

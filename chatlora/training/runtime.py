@@ -152,6 +152,10 @@ class Runtime:
         """1 if a signal asked this process to stop, else 0."""
         return torch.tensor(float(self.signals.requested), device=self.device)
 
+    def free(self) -> None:
+        """Let go of prepared models and optimizers, so that others find room."""
+        self.accelerator.free_memory()
+
     def meet(self) -> None:
         """Wait for every process, for a day if need be: rendering takes its time, and not the same everywhere."""
         if self.patient is not None:
