@@ -205,49 +205,41 @@ def test_a_forgotten_sync_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def random_kills(folder: Path, number: int, seed: int) -> int:
-    """Kill processes that save states of some megabytes, at a random moment each. How many were killed within one."""
+    """Kill processes at random moments until `number` were killed within a save. How many processes that took."""
     draws = random.Random(seed)
-    size = 600  # 26 MB a checkpoint
+    states = {step: state(step, size=600) for step in range(1, 7)}  # 26 MB each
     run = run_in(folder)
-    write_checkpoint(run.checkpoints, state(1, size))
-    step, within = 1, 0
     began = time.monotonic()
-    publish(SETTINGS, run, state(2, size))
+    write_checkpoint(run.checkpoints, states[1])
     duration = time.monotonic() - began
-    states = {step: state(step, size) for step in range(1, 7)}
-    for _ in range(number):
+    processes, within = 0, 0
+    while within < number:
         found = newest_checkpoint(run.checkpoints, pytest.fail)  # none of ours is ever broken
         assert found is not None
         assert same(found, states[found.step])
         sweep(run.checkpoints)
-        step = found.step % 6 + 1
-        if step == 1:
+        if found.step == 6:
             shutil.rmtree(run.checkpoints)
             write_checkpoint(run.checkpoints, states[1])
-            step = 2
         pid = os.fork()
         if pid == 0:
-            publish(SETTINGS, run, states[step])
+            publish(SETTINGS, run, states[2 if found.step == 6 else found.step + 1])
             os._exit(0)
         time.sleep(draws.uniform(0, 1.3 * duration))
         os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        within += os.WIFSIGNALED(status)
-    return within
+        within += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        processes += 1
+    return processes
 
 
 def test_random_kills_during_saves(tmp_path: Path) -> None:
-    assert random_kills(tmp_path, 15, seed=0) >= 5
+    random_kills(tmp_path, 8, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_two_hundred_random_kills_during_saves(tmp_path: Path) -> None:
-    within, number = 0, 0
-    while within < 200:
-        within += random_kills(tmp_path / str(number), 50, seed=1 + number)
-        number += 1
-    print(f"{within} of {50 * number} processes were killed within a save")
+    print(f"\n200 of {random_kills(tmp_path, 200, seed=1)} processes were killed within a save")
 
 
 # ---- a full disk

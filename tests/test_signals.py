@@ -157,7 +157,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def test_a_validation_cut_short_twice_is_made_in_the_end(server: ForkServer, argv: list[str], tmp_path: Path) -> None:
-    for call in (2, 1, 1):
+    for call in (2, 1):
         assert server.run(argv, tmp_path, at=At("SIGTERM", VALIDATES, call)) == [75]
         assert saved(tmp_path)[-1] == 6
         assert [line["step"] for line in read_log(tmp_path / "run" / VALIDATION)] == [3]
@@ -272,17 +272,19 @@ def children_of(pid: int) -> list[int]:
     return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("config", "processes", "name"),
     [
         ("cpu.yaml", 1, "SIGTERM"),
-        pytest.param("cpu.yaml", 1, "SIGINT", marks=pytest.mark.slow),
-        pytest.param("cpu.yaml", 1, "SIGUSR1", marks=pytest.mark.slow),
-        pytest.param("cpu.yaml", 1, "SIGKILL", marks=pytest.mark.slow),
-        pytest.param("multi_gpu.yaml", 2, "SIGTERM", marks=pytest.mark.slow),
-        pytest.param("multi_gpu.yaml", 2, "SIGINT", marks=pytest.mark.slow),
-        pytest.param("multi_gpu.yaml", 2, "SIGUSR1", marks=pytest.mark.slow),
-        pytest.param("multi_gpu.yaml", 2, "SIGKILL", marks=pytest.mark.slow),
+        ("cpu.yaml", 1, "SIGINT"),
+        ("cpu.yaml", 1, "SIGUSR1"),
+        ("cpu.yaml", 1, "SIGKILL"),
+        ("multi_gpu.yaml", 2, "SIGTERM"),
+        ("multi_gpu.yaml", 2, "SIGINT"),
+        ("multi_gpu.yaml", 2, "SIGUSR1"),
+        ("multi_gpu.yaml", 2, "SIGKILL"),
     ],
 )
 def test_a_signal_to_the_launcher_alone_stops_the_run(
