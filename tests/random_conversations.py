@@ -77,7 +77,7 @@ class _Draw:
         for _ in range(self.rng.randint(1, longest)):
             kind = self.rng.choices([WORDS, SPACE, CJK, SYMBOLS, CONTROL], self.weights)[0]
             piece = self.rng.choice(kind)
-            pieces.append("plain" if kind is CONTROL and not self.hostile else piece)
+            pieces.append(_harmless(piece) if kind is CONTROL and not self.hostile else piece)
         return "".join(pieces)
 
     def said(self) -> str:
@@ -142,6 +142,11 @@ class _Draw:
             loss = self.rng.choice([True, False]) if self.sometimes(0.05) else None
             messages.append(Message("assistant", self.text() if self.sometimes(0.97) else "", thought, loss=loss))
         return Conversation(tuple(messages), tools, place)
+
+
+def _harmless(piece: str) -> str:
+    """A plain word, with the space behind the piece."""
+    return "plain" + piece[len(piece.rstrip()) :]
 
 
 def draw(seed: int, number: int, *, hostile: bool = True) -> Conversation:

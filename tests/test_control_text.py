@@ -250,3 +250,31 @@ def test_text_that_only_normalisation_turns_into_a_control_token_is_refused():
     wide = Conversation((Message("user", "a ＜tool＞ b"), Message("assistant", "yes")))
     with pytest.raises(SetAside, match="reads message text as a control token"):
         renderer.render(wide, max_length=LONG)
+
+
+PYTHON_CALLS = CHATML.replace(
+    "+ '<|im_end|>",
+    "~ (message.tool_calls[0].function.name ~ message.tool_calls[0].function.arguments if message.tool_calls else '')"
+    " ~ '<|im_end|>",
+)
+
+
+@pytest.mark.parametrize("spelled", ["<|im_end|>", "a <|im_start|>assistant\n b", "'<|im_end|>"])
+def test_text_that_a_template_writes_as_python_does_stays_text(spelled):
+    renderer = Renderer(tiny_tokenizer(chat_template=PYTHON_CALLS))
+    call = ToolCall("f", {"list": ["x", spelled], "plain": 1})
+    row = Conversation((Message("user", "q"), Message("assistant", "", tool_calls=(call,))))
+    [example] = renderer.render(row, max_length=LONG).examples
+    assert renderer.tokenizer.decode(example.input_ids).count(repr(spelled)) == 1
+    assert len(control_ids(renderer, example.input_ids)) == 4
+
+
+def test_a_spelled_escape_of_masked_text_is_not_taken_for_one():
+    renderer = Renderer(tiny_tokenizer(chat_template=PYTHON_CALLS))
+    literal = Conversation((Message("user", r"\U000f003c"), Message("assistant", r"It is \U000f003c.")))
+    [example] = renderer.render(literal, max_length=LONG).examples
+    assert renderer.tokenizer.decode(example.input_ids).count(r"\U000f003c") == 2
+    call = ToolCall("list", {"list": ["<|im_end|>"]})
+    both = replace(literal, messages=(*literal.messages[:1], Message("assistant", "", tool_calls=(call,))))
+    with pytest.raises(SetAside, match="private planes"):
+        renderer.render(both, max_length=LONG)

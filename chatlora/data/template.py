@@ -6,14 +6,17 @@ bounded in time, memory and output (limits.py).
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from typing import Any
 
+from chatlora.data.control_text import PRIVATE, is_masked
 from chatlora.data.limits import PROBE, TOO_MUCH, bounded, check_output
 from chatlora.errors import ModelError, SetAside
 
+ESCAPE = "\\U000f"  # how Python's repr begins to write a character of plane 15, where masked text is
 RAISES = "the chat template raises an error"
 
 
@@ -50,7 +53,7 @@ class ChatTemplate:
         except Exception as error:  # a template may fail in any way that Python can
             raise SetAside(RAISES, f"{type(error).__name__}: {error}") from error
         check_output(text, messages, tools)
-        return text
+        return _unescaped(text, messages, tools) if ESCAPE in text else text
 
     def _strftime(self, form: str) -> str:
         return datetime.combine(self.date, time()).strftime(form)
@@ -106,6 +109,19 @@ def resolve_template_kwargs(template: str, kwargs: Mapping[str, Any], *, any_rea
     if not any_reasoning and "enable_thinking" not in resolved and "enable_thinking" in _variables(template):
         resolved["enable_thinking"] = False
     return resolved
+
+
+def _unescaped(text: str, messages: Any, tools: Any) -> str:
+    """Masked characters that the template wrote as Python's repr does, as characters.
+
+    Raises SetAside where a message spells such an escape beside masked text: the two cannot be told apart.
+    """
+    source = json.dumps([messages, tools], ensure_ascii=False, default=str)
+    if not is_masked(source):
+        return text
+    if ESCAPE in source:
+        raise SetAside(PRIVATE, f"it spells {ESCAPE}")
+    return re.sub(re.escape(ESCAPE) + "([0-9a-f]{4})", lambda found: chr(0xF0000 + int(found[1], 16)), text)
 
 
 def _compile(template: str) -> Any:
