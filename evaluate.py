@@ -29,17 +29,20 @@ def generate(
         results.append(samples, generated, references)  # on disk before the next batch
 
 
-def main(argv: Sequence[str], runtime: Runtime | None = None) -> None:
-    """runtime: that of a training which goes on to this in the same processes."""
+def main(argv: Sequence[str], runtime: Runtime | None = None, *, again: bool = True) -> None:
+    """runtime: that of a training which goes on to this in the same processes. again: even if there are scores."""
     request = parse(argv)
     if request.predictions is not None:
         score_file(request)
         return
 
     from chatlora.evaluation import stage
+    from chatlora.evaluation.earlier import show_earlier_scores
     from chatlora.training import runtime as engine
 
     runtime = runtime or engine.start(request.config)
+    if not again and runtime.rank_0_says(runtime.is_main and show_earlier_scores(request)):
+        return
     actors = stage.set_up(request, runtime)
     with stage.open_folders(request.folders, runtime) as parts:
         for name, part in parts.items():

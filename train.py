@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
     if config.evaluation.after_training and config.data.test:
         import evaluate
 
-        evaluate.main([str(run.path), "--compare", "base"], runtime)
+        evaluate.main([str(run.path), "--compare", "base"], runtime, again=not finished)
 
 
 def train_and_put_away(config: Config, runtime: Runtime, run: RunDirectory) -> None:

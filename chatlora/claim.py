@@ -1,5 +1,6 @@
 """Who may train in a run directory, and whether it is still the same run."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from datetime import date
@@ -8,9 +9,10 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from chatlora.config import Config, changed_settings, trajectory_hash
+from chatlora.config import Config, changed_settings, trajectory_hash, with_absolute_paths
 from chatlora.config_files import config_from_file
-from chatlora.errors import ConfigError, LaunchError
+from chatlora.data.survey import inputs_of
+from chatlora.errors import ConfigError, LaunchError, ModelError
 from chatlora.run_directory import read_status
 
 # What a run was begun with besides its settings: environment.json's name -> how it is told.
@@ -38,25 +40,19 @@ def claim(config: Config, name: str) -> tuple[Claim, FileLock]:
     where another process trains in the directory.
     """
     path = config.run.output_dir or Path("runs") / f"{name}-{trajectory_hash(config)}"
-    config = config.with_values("run", output_dir=path)
+    config = with_absolute_paths(config.with_values("run", output_dir=path))
     _refuse_resume(config.checkpoint.resume, path)
     begun, finished = begun_in(config), False
     if begun is not None and (begun / "config.yaml").is_file():
         before = config_from_file(begun / "config.yaml")
         config = _as_settled(config, before)
         _refuse_changes(before, config, begun)
-        finished = begun == path and read_status(path).get("state") == "done" and _ends(before) == _ends(config)
+        finished = begun == path and _is_finished(path) and _ends(before) == _ends(config)
+        if finished:
+            _refuse_other_contents(config, path)
     if config.model.chat_template_date is None:
         config = config.with_values("model", chat_template_date=date.today())
-    path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise LaunchError(
-            f"another process is training in {path}: wait for it, or give this run a folder with --run.output_dir"
-        ) from None
-    return Claim(config, finished), lock
+    return Claim(config, finished), _locked(path)
 
 
 def begun_in(config: Config) -> Path | None:
@@ -71,14 +67,71 @@ def begun_in(config: Config) -> Path | None:
     return None if resume in ("auto", "never") else Path(resume).absolute().parent.parent
 
 
+def contents_of(config: Config) -> dict[str, Any]:
+    """Setting -> sha256 of what stands in the files that it names: found without rendering anything."""
+    data, template = config.data, config.model.chat_template
+    validation = () if isinstance(data.validation, float) else data.validation
+    try:
+        text = None if template is None else hashlib.sha256(template.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ModelError(f"model.chat_template: {template} cannot be read: {error}") from None
+    return {
+        "data.train": [each.sha256 for each in inputs_of(data.train, "train")],
+        "data.validation": [each.sha256 for each in inputs_of(validation, "validation")],
+        "model.chat_template": text,
+    }
+
+
+def _is_finished(path: Path) -> bool:
+    # Without its adapter, a finished run exports it again from its last checkpoint.
+    return read_status(path).get("state") == "done" and (path / "adapter" / "adapter_config.json").is_file()
+
+
+def _locked(path: Path) -> FileLock:
+    lock = FileLock(path / ".lock")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LaunchError(
+            f"another process is training in {path}: wait for it, or give this run a folder with --run.output_dir"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"run.output_dir is {path}, where no run can be written ({error.strerror or error}): give it another "
+            "folder with --run.output_dir"
+        ) from None
+    return lock
+
+
+def _environment_of(path: Path) -> dict[str, Any]:
+    try:
+        environment: dict[str, Any] = json.loads((path / "environment.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return environment
+
+
+def _refuse_other_contents(config: Config, path: Path) -> None:
+    before = _environment_of(path).get("contents")
+    if before is None:  # of an older version
+        return
+    now = contents_of(config)
+    changed = [setting for setting, contents in before.items() if now.get(setting) != contents]
+    if changed:
+        raise ConfigError(
+            *(f"the contents of {setting} changed since the run in {path} was finished" for setting in changed),
+            "Put them back as they were, or give this run a folder of its own with --run.output_dir",
+        )
+
+
 def refuse_other_inputs(config: Config, environment: Mapping[str, Any]) -> None:
     """Raise ConfigError, by name, where a run would go on with other data, model or template under the same paths."""
     path = begun_in(config)
     if path is None:
         return
-    try:
-        before = json.loads((path / "environment.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    before = _environment_of(path)
+    if not before:
         return
     changed = [what for name, what in INPUTS.items() if before.get(name) != environment.get(name)]
     if changed:

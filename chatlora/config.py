@@ -5,6 +5,7 @@ Precedence: the defaults here < a preset or YAML file < `--section.field VALUE` 
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
@@ -28,7 +29,7 @@ class Section(BaseModel):
 class Source(Section):
     """Where rows come from."""
 
-    path: str = Field(description="a file, a folder, a glob, or the name of a data set on the hub")
+    path: str = Field(min_length=1, description="a file, a folder, a glob, or the name of a data set on the hub")
     format: RowFormat = Field("auto", description="the form of a row; auto recognises it from its columns")
     columns: dict[str, str] = Field(
         {}, description="our column -> the file's, e.g. {prompt: content, completion: summary}"
@@ -204,6 +205,16 @@ FREE_SETTINGS = frozenset(
 )
 
 
+PATHS = (
+    "model.name_or_path",
+    "model.chat_template",
+    "lora.init_from",
+    "data.train",
+    "data.validation",
+    "data.test",
+)
+
+
 def trajectory(config: Config) -> dict[str, Any]:
     """`section.field` -> value of every setting that alters what is learned.
 
@@ -220,9 +231,35 @@ def trajectory_hash(config: Config) -> str:
 
 
 def changed_settings(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
-    """`section.field` -> (before, after) of the trajectory's settings that differ."""
+    """`section.field` -> (before, after) of the trajectory's settings that differ; a path may be relative in one."""
     old, new = trajectory(before), trajectory(after)
-    return {name: (value, new[name]) for name, value in old.items() if name in new and new[name] != value}
+    return {
+        name: (value, new[name])
+        for name, value in old.items()
+        if name in new and _absolute(name, new[name]) != _absolute(name, value)
+    }
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """What exists on this machine by its absolute path: elsewhere a relative one would be taken for a hub name."""
+    values = config.as_dict()
+    for setting in PATHS:
+        section, _, name = setting.partition(".")
+        values[section][name] = _absolute(setting, values[section][name], only_existing=True)
+    return Config.model_validate(values)
+
+
+def _absolute(setting: str, value: Any, *, only_existing: bool = False) -> Any:
+    if setting not in PATHS:
+        return value
+    if isinstance(value, list):
+        return [{**each, "path": _absolute(setting, each["path"], only_existing=only_existing)} for each in value]
+    if not isinstance(value, str):
+        return value
+    path = Path(value).expanduser() if value.startswith("~/") else Path(value)
+    is_pattern = setting.startswith("data.") and any(character in value for character in "*?[")
+    exists = os.path.isdir if setting == "model.name_or_path" else os.path.exists  # of text too long for a name too
+    return value if only_existing and not is_pattern and not exists(path) else str(path.absolute())
 
 
 def _flat(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

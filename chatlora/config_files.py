@@ -41,7 +41,10 @@ def load_config(argv: Sequence[str], *, default: str) -> Loaded:
 
 def config_from_file(path: Path) -> Config:
     """The Config in a YAML file, a run's config.yaml for one."""
-    config, problems = _validate(read_yaml(path), path, {})
+    values = read_yaml(path)
+    if not values:
+        raise ConfigError(f"{path} is empty: put its settings back, or take another run directory")
+    config, problems = _validate(values, path, {})
     if config is None:
         raise ConfigError(*problems)
     return config

@@ -70,6 +70,7 @@ class RunDirectory:
             write_text(self.path / "config.yaml", config_text(config))
             write_json(self.path / "environment.json", environment)
             write_json(self.path / "ledger.json", ledger)
+            self._tell("running", "")
 
     def go_on_from(self, step: int, num_steps: int, batches: Batches) -> None:
         """Cut the logs back to the checkpoint, or empty them on a fresh run, and show the progress."""
@@ -158,17 +159,17 @@ class RunDirectory:
     @contextmanager
     def reporting(self) -> Iterator[None]:
         """status.json, the contract for scripts, says how the block ended: launchers turn 75 and 2 into 1."""
-        if self.writes:
+        if self.writes and not self._is_decided("done"):  # else once describe() accepts what it goes on with
             self._tell("running", "")
         try:
             yield
         except Stopped as stop:
-            if self.writes and not self._has_failed():
+            if self.writes and not self._is_decided("done", "failed"):
                 self._tell("stopped", str(stop))
             raise
         except BaseException as error:
             # Of all ranks, the first that fails says why: what follows on the others is its doing.
-            if self.path.is_dir() and not self._has_failed():
+            if self.path.is_dir() and not self._is_decided("done", "failed"):
                 with suppress(OSError):  # a full disk does not hide the error that it caused
                     self._tell("failed", this_rank() + (str(error) or type(error).__name__))
             raise
@@ -181,16 +182,18 @@ class RunDirectory:
     def _tell(self, state: State, message: str) -> None:
         write_json(self.path / "status.json", {"state": state, "step": self.step, "message": message})
 
-    def _has_failed(self) -> bool:
-        return read_status(self.path).get("state") == "failed"
+    def _is_decided(self, *states: State) -> bool:
+        return read_status(self.path).get("state") in states
 
     def summary(self) -> str:
         """A sentence on how the run went, from its log."""
         steps = read_log(self.path / LOG)
+        if not steps:
+            return f"{LOG} is missing or empty"
         seconds = sum(step["seconds"] for step in steps)
         tokens = sum(step["num_tokens"] for step in steps)
         return (
-            f"{len(steps)} steps, {tokens:,} tokens in {clock(seconds)} ({tokens / seconds:,.0f} tokens/s), "
+            f"{len(steps)} steps, {tokens:,} tokens in {clock(seconds)} ({tokens / max(seconds, 1e-9):,.0f} tokens/s), "
             f"loss {steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}"
         )
 

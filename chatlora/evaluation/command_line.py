@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from chatlora.config import Config, Precision, Style
+from chatlora.config import Config, Precision, Source, Style
 from chatlora.config_files import config_from_file
 from chatlora.errors import ConfigError
 
@@ -31,6 +31,15 @@ class Request:
     of_run: bool = False
     compare_base: bool = False
     max_tokens_per_batch: int | None = None
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The rows to evaluate on."""
+        data = self.config.data
+        if self.split == "test":
+            return data.test
+        assert not isinstance(data.validation, float)
+        return data.validation
 
     @property
     def folders(self) -> dict[str, Path]:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from chatlora.cache import cache_root
-from chatlora.config import ModelConfig, Source
+from chatlora.config import ModelConfig
 from chatlora.data.evaluation_set import EvalSample, prepare_evaluation_data
 from chatlora.data.ledger import summary_lines
 from chatlora.data.rendering import Renderer
@@ -20,6 +20,7 @@ from chatlora.data.survey import inputs_of, survey
 from chatlora.errors import OutOfMemoryError
 from chatlora.evaluation.command_line import ADAPTER, BASE, Request
 from chatlora.evaluation.console import GenerationProgress, show_samples, show_scores
+from chatlora.evaluation.earlier import inputs_of_request
 from chatlora.evaluation.generation import (
     Budget,
     Model,
@@ -124,10 +125,11 @@ def set_up(request: Request, runtime: Runtime) -> Actors:
     settings = greedy_settings(longest, stop_ids, pad_token_id)
     facts = {
         "model": config.model.name_or_path,
-        "data": [source.path for source in _sources(request)],
+        "data": [source.path for source in request.sources],
         "set_aside": sum(len(source["set_aside"]) for source in ledger["sources"]),
         "decoding": {"greedy": True, "max_new_tokens": longest, "stop_ids": stop_ids, "precision": runtime.precision},
         "rendering": renderer.fingerprint,
+        "inputs": inputs_of_request(replace(request, adapter=adapter)),
     }
     return Actors(runtime, model, tokenizer, samples, mine, settings, budget, facts)
 
@@ -150,7 +152,7 @@ def _tokenizer_source(model: ModelConfig, adapter: Path | None) -> ModelConfig:
 
 def _renderer(request: Request, tokenizer: PreTrainedTokenizerBase) -> Renderer:
     # A run's config says what its template was told, whatever the test rows carry.
-    inputs, cache = inputs_of(_sources(request), "test"), cache_root() / "data"
+    inputs, cache = inputs_of(request.sources, "test"), cache_root() / "data"
     any_reasoning = request.of_run or survey(inputs, cache, request.config.data.on_bad_row).any_reasoning
     return renderer_for(tokenizer, request.config.model, any_reasoning=any_reasoning)
 
@@ -158,7 +160,7 @@ def _renderer(request: Request, tokenizer: PreTrainedTokenizerBase) -> Renderer:
 def _samples(request: Request, renderer: Renderer) -> tuple[list[EvalSample], dict[str, Any]]:
     config = request.config
     samples, ledger = prepare_evaluation_data(
-        _sources(request),
+        request.sources,
         renderer,
         max_prompt_length=config.evaluation.max_prompt_length or config.data.max_length,
         max_new_tokens=config.evaluation.max_new_tokens,
@@ -168,14 +170,6 @@ def _samples(request: Request, renderer: Renderer) -> tuple[list[EvalSample], di
         on_bad_row=config.data.on_bad_row,
     )
     return samples, ledger
-
-
-def _sources(request: Request) -> tuple[Source, ...]:
-    data = request.config.data
-    if request.split == "test":
-        return data.test
-    assert not isinstance(data.validation, float)
-    return data.validation
 
 
 @contextmanager

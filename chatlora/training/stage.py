@@ -20,13 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import chatlora
 from chatlora.cache import cache_root
-from chatlora.claim import claim, refuse_other_inputs
+from chatlora.claim import claim, contents_of, refuse_other_inputs
 from chatlora.config import Config
-from chatlora.config_files import Loaded
+from chatlora.config_files import Loaded, config_text
 from chatlora.data.batches import GlobalBatches
 from chatlora.data.dataset import ExampleSet, PreparedData, Say, prepare_training_data
 from chatlora.data.ledger import summary_lines
 from chatlora.data.rendering import Renderer
+from chatlora.data.survey import inputs_of, survey
 from chatlora.errors import ConfigError, ModelError, OutOfMemoryError
 from chatlora.model.attention import why_not_packed
 from chatlora.model.continuing import start_from
@@ -36,7 +37,7 @@ from chatlora.model.lora import add_lora, describe_lora, trainable
 from chatlora.model.loss import TargetLoss
 from chatlora.model.serving import save_adapter, save_generation_config, served_class, why_not_served
 from chatlora.model.spread import layer_by_layer, num_elements
-from chatlora.run_directory import RunDirectory
+from chatlora.run_directory import RunDirectory, write_text
 from chatlora.training.card import model_card
 from chatlora.training.checkpoint import home_of, read_checkpoint, refuse_full_disk, why_broken
 from chatlora.training.runtime import Runtime
@@ -73,6 +74,9 @@ def open_run(loaded: Loaded, runtime: Runtime) -> tuple[Config, RunDirectory, bo
     lock, told = None, ""
     if runtime.is_main:
         (config, finished), lock = claim(loaded.config, loaded.name)
+        if finished:  # what an evaluation is told may have changed
+            assert config.run.output_dir is not None
+            write_text(config.run.output_dir / "config.yaml", config_text(config))
         told = json.dumps({"config": config.as_dict(), "finished": finished})
     answer = json.loads(runtime.share(told))
     config = Config.model_validate(answer["config"])
@@ -103,6 +107,7 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
     )
     facts = environment(runtime, renderer, data, identity) | {"init_from": init_from}
     if runtime.is_main:
+        facts |= {"contents": contents_of(config)}
         refuse_other_inputs(config, facts)
         size = sum(num_elements(parameter) for parameter in trainable(adapted).values())
         refuse_full_disk(run.checkpoints, size, config.checkpoint.keep_last)
@@ -115,6 +120,10 @@ def load_data(config: Config, runtime: Runtime, say: Say) -> tuple[PreTrainedTok
     if not config.data.train:
         raise ConfigError("data.train names no rows to train on: give a file, a folder or a data set of the hub")
     tokenizer = load_tokenizer(config.model)
+    if config.evaluation.after_training and config.data.test:  # its mistakes are told before hours of training
+        survey(inputs_of(config.data.test, "test"), cache_root() / "data", config.data.on_bad_row)
+    elif config.evaluation.after_training:
+        say("evaluation.after_training: there will be none, since data.test names no rows")
     renderers: list[Renderer] = []
 
     def make_renderer(any_reasoning: bool) -> Renderer:
@@ -126,6 +135,8 @@ def load_data(config: Config, runtime: Runtime, say: Say) -> tuple[PreTrainedTok
     (renderer,) = renderers
     for line in summary_lines(data.ledger):
         say(line)
+    share = data.proof_seconds / max(data.seconds, 1e-9)
+    say(f"rendering took {data.seconds:,.1f} s of work when it was done, {share:.0%} of it to prove the targets exact")
     return tokenizer, renderer, data
 
 
