@@ -23,7 +23,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class Source(Section):
@@ -47,6 +47,8 @@ def _as_sources(value: Any) -> Any:
 
 
 def _as_share_or_sources(value: Any) -> Any:
+    if value is None or isinstance(value, bool) or value in ("null", "true", "false"):
+        raise ValueError("a share of the training rows is expected, 0 for none of them, or the path of rows")
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -59,7 +61,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 class ModelConfig(Section):
     name_or_path: str = Field(
-        "Qwen/Qwen3-0.6B", description="a folder, a model of the hub, or embedded:smollm2-135m-instruct"
+        "Qwen/Qwen3-0.6B", min_length=1, description="a folder, a model of the hub, or embedded:smollm2-135m-instruct"
     )
     revision: str | None = Field(None, description="commit, tag or branch of a hub model")
     gradient_checkpointing: bool = Field(
@@ -87,9 +89,9 @@ class LoraConfig(Section):
 
 class DataConfig(Section):
     train: Sources = Field((), description="training rows: a path, a list of paths, or a list of sources")
-    validation: Share | Sources = Field(
-        0.02, description="a share of the training rows, or sources", union_mode="left_to_right"
-    )
+    validation: Annotated[
+        Annotated[Share | Sources, Field(union_mode="left_to_right")], BeforeValidator(_as_share_or_sources)
+    ] = Field(0.02, description="a share of the training rows, or sources")
     test: Sources = Field((), description="rows for evaluate.py")
     system: str | None = Field(None, description="system prompt of conversations that have none")
     max_length: int = Field(2048, ge=2, description="longest training example, in tokens")
@@ -100,13 +102,6 @@ class DataConfig(Section):
         "error", description="rows that cannot be read: error stops, set_aside names them in the ledger and goes on"
     )
     supervise: Supervise = Field("all", description="targets: all assistant turns, or the last one")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _validation(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and "validation" in values:
-            return {**values, "validation": _as_share_or_sources(values["validation"])}
-        return values
 
 
 class OptimConfig(Section):
@@ -122,7 +117,9 @@ class OptimConfig(Section):
     schedule: Schedule = Field("cosine", description="learning rate after the warm-up")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
-    max_grad_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm; inf: never")
+    max_grad_norm: float = Field(
+        1.0, gt=0, allow_inf_nan=True, description="the gradient is scaled down to this norm; inf: never"
+    )
 
 
 class CheckpointConfig(Section):

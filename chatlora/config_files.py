@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,6 +14,23 @@ from chatlora.errors import ConfigError, did_you_mean
 
 PRESETS = Path(__file__).parent / "presets"
 HELP = ("-h", "--help")
+OTHER_NAMES = {  # what other trainers call a setting
+    "batch_size": "optim.global_batch_size",
+    "cutoff_len": "data.max_length",
+    "dataset": "data.train",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lr": "optim.learning_rate",
+    "lr_scheduler_type": "optim.schedule",
+    "max_seq_length": "data.max_length",
+    "model_name_or_path": "model.name_or_path",
+    "num_train_epochs": "optim.epochs",
+    "r": "lora.rank",
+    "resume_from_checkpoint": "checkpoint.resume",
+    "save_steps": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep_last",
+    "template": "model.chat_template",
+}
 
 
 class Loaded(NamedTuple):
@@ -25,13 +43,19 @@ def load_config(argv: Sequence[str], *, default: str) -> Loaded:
     names, flags, problems = _split(argv)
     if len(names) > 1:
         problems.append(f"one preset or YAML file at a time, but {len(names)} were given: {', '.join(names)}")
-    path = _find(names[0] if names else default)
-    values = read_yaml(path)
+    try:
+        path = _find(names[0] if names else default)
+        values = read_yaml(path)
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.problems) from None
     for flag, raw in flags.items():
         section, _, field = flag.partition(".")
         if not isinstance(values.setdefault(section, {}), dict):
             values[section] = {}
-        values[section][field] = yaml.safe_load(raw) if raw[:1] in ("[", "{") or raw == "null" else raw
+        try:
+            values[section][field] = _value(raw)
+        except yaml.YAMLError as error:
+            problems.append(f"--{flag} is {raw!r}, which is not valid YAML: {' '.join(str(error).split())}")
     config, more = _validate(values, path, flags)
     problems += more
     if config is None or problems:
@@ -60,11 +84,32 @@ def help_text(usage: str) -> str:
     lines = [usage, "", "presets: " + ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml"))), ""]
     for section, fields in _settings().items():
         for name, field in fields.items():
-            default = field.get_default()
-            shown = "null" if default is None else "[]" if default == () else default
-            lines.append(f"  --{section}.{name:<28} {field.description} [{shown}]")
+            lines.append(f"  {f'--{section}.{name}':<36} {field.description}{_choices(field)} [{_default(field)}]")
         lines.append("")
     return "\n".join(lines)
+
+
+def _choices(field: Any) -> str:
+    """`(a | b | null)` behind a setting that takes one of several words."""
+    kinds = (field.annotation,) if get_origin(field.annotation) is Literal else get_args(field.annotation)
+    if not any(get_origin(kind) is Literal for kind in kinds) or any(
+        get_origin(kind) is not Literal and kind is not NoneType for kind in kinds
+    ):
+        return ""
+    words = [word for kind in kinds for word in (("null",) if kind is NoneType else get_args(kind))]
+    return f" ({' | '.join(words)})"
+
+
+def _default(field: Any) -> str:
+    """As YAML has it."""
+    default = field.get_default()
+    if default is None or isinstance(default, bool):
+        return {None: "null", True: "true", False: "false"}[default]
+    return "[]" if default == () else str(default)
+
+
+def _value(raw: str) -> Any:
+    return yaml.load(raw, Loader=_UniqueKeys) if raw[:1] in ("[", "{") or raw == "null" else raw
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -114,8 +159,12 @@ def _split(argv: Sequence[str]) -> tuple[list[str], dict[str, str], list[str]]:
     words = list(argv)
     while words:
         word = words.pop(0)
-        if not word.startswith("--"):
+        if not word.startswith("-"):
             names.append(word)
+            continue
+        if not word.startswith("--") or word == "--":
+            problems.append(f"{word} is not a setting: they are written --section.field VALUE")
+            del words[: bool(words and not words[0].startswith("-"))]  # its value, no preset
             continue
         flag, equals, value = word[2:].partition("=")
         if not equals:
@@ -123,7 +172,14 @@ def _split(argv: Sequence[str]) -> tuple[list[str], dict[str, str], list[str]]:
                 problems.append(f"--{flag} needs a value")
                 continue
             value = words.pop(0)
-        flags[flag] = value
+        section, dot, field = flag.partition(".")
+        if section and dot and field:
+            flags[flag] = value
+        elif section in _settings():
+            first = next(iter(_settings()[section]))
+            problems.append(f"--{flag} is a section, not a setting: write --{section}.{first} for one of its fields")
+        else:
+            problems.append(f"--{flag} is not a setting{_nearest([section])}")
     return names, flags, problems
 
 
@@ -158,6 +214,9 @@ def _is_union_tag(part: int | str) -> bool:
 
 def _nearest(location: Sequence[str]) -> str:
     settings = _settings()
+    other = OTHER_NAMES.get(location[-1].lower().replace("-", "_")) if len(location) <= 2 else None
+    if other:
+        return f"; did you mean '{other}'?"
     if len(location) == 1:
         owner = [section for section, fields in settings.items() if location[0] in fields]
         if owner:

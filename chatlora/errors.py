@@ -15,11 +15,14 @@ Stopped                  exit status 75: a signal asked the run to stop
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Self
 
 SHOWN = 20  # problems of one kind that are spelled out; the rest are counted
+REPEATED = 3  # rows of a file with the same problem, each of which is told
+PLACE = re.compile(r"(?P<file>.+?):(\d+(: row \d+)?| row \d+| \w*\[\d+\]): (?P<sentence>.+)", re.DOTALL)
 
 
 class ChatLoraError(Exception):
@@ -116,10 +119,28 @@ class Stopped(BaseException):
 
 def block(title: str, problems: Sequence[str]) -> str:
     """One readable block: the title, then a line a problem, the first `SHOWN` of them and how many more there are."""
-    lines = [f"{title}:", *(f"  {problem}" for problem in problems[:SHOWN])]
-    if len(problems) > SHOWN:
-        lines.append(f"  ... and {len(problems) - SHOWN} more of {len(problems)}")
+    told = grouped(problems)
+    lines = [f"{title}:", *(f"  {sentence}" for sentence, _ in told[:SHOWN])]
+    if len(told) > SHOWN:
+        rest = sum(count for _, count in told[SHOWN:])
+        lines.append(f"  ... and {rest} more of {len(problems)}")
     return "\n".join(lines)
+
+
+def grouped(problems: Sequence[str]) -> list[tuple[str, int]]:
+    """Each sentence and for how many it stands. The same one in more than `REPEATED` rows of a file is told once."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        found = PLACE.fullmatch(problem)
+        groups.setdefault((found["file"], found["sentence"]) if found else ("", problem), []).append(problem)
+    told = []
+    for (_, sentence), same in groups.items():
+        if len(same) <= REPEATED:
+            told += [(problem, 1) for problem in same]
+            continue
+        place = same[0].removesuffix(f": {sentence}")
+        told.append((f"{place} and {len(same) - 1} more rows: {sentence}", len(same)))
+    return told
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

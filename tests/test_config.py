@@ -1,5 +1,6 @@
 """Settings: read from YAML and flags, every mistake told at once, with place and remedy."""
 
+import json
 import math
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from chatlora.config import Config, OptimConfig, changed_settings, trajectory_hash
+from chatlora.config import Config, OptimConfig, changed_settings, trajectory_hash, with_absolute_paths
 from chatlora.config_files import PRESETS, config_from_file, config_text, help_text, load_config
 from chatlora.errors import ConfigError
 from chatlora.training.timetable import Timetable
@@ -104,6 +105,72 @@ def test_the_hash_follows_the_trajectory_alone() -> None:
     other = config.with_values("optim", learning_rate=1e-3)
     assert trajectory_hash(same) == trajectory_hash(config) != trajectory_hash(other)
     assert changed_settings(config, other) == {"optim.learning_rate": (2e-4, 1e-3)}
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--", "3"], "-- is not a setting"),
+        (["-e", "3"], "-e is not a setting: they are written --section.field VALUE"),
+        (["--optim", "3"], "--optim is a section, not a setting"),
+        (["--optim.lr", "3"], "--optim.lr is not a setting; did you mean 'optim.learning_rate'?"),
+        (["--lr", "3"], "--lr is not a setting; did you mean 'optim.learning_rate'?"),
+        (["--rank", "3"], "--rank is not a setting; did you mean 'lora.rank'?"),
+        (["--data.train", "{path: x"], "--data.train is '{path: x', which is not valid YAML"),
+        (["--data.train", ""], "--data.train.0.path is ''"),
+        (["--data.validation", "null"], "--data.validation is None: a share of the training rows is expected"),
+        (["--data.validation", "true"], "--data.validation is 'true': a share of the training rows is expected"),
+        (["--optim.epochs", "inf"], "--optim.epochs is 'inf'"),
+        (["--optim.learning_rate", "nan"], "--optim.learning_rate is 'nan'"),
+        (["--optim.weight_decay", "inf"], "--optim.weight_decay is 'inf'"),
+        (["--optim.max_grad_norm", "nan"], "--optim.max_grad_norm is 'nan'"),
+        (["--lora.alpha", "inf"], "--lora.alpha is 'inf'"),
+        (["--model.name_or_path", ""], "--model.name_or_path is ''"),
+    ],
+)
+def test_odd_flags_are_told_in_a_sentence(tmp_path: Path, words: list[str], sentence: str) -> None:
+    told = problems(tmp_path, "optim: {max_steps: 1}", *words)
+    assert sentence in told
+    assert len(told.splitlines()) == 2
+
+
+def test_the_gradient_may_go_unclipped_and_is_so_when_read_back(tmp_path: Path) -> None:
+    config = load(tmp_path, "", "--optim.max_grad_norm", "inf")
+    assert config.optim.max_grad_norm == math.inf
+    (tmp_path / "config.yaml").write_text(config_text(config))
+    assert config_from_file(tmp_path / "config.yaml") == config
+    assert Config.model_validate(json.loads(json.dumps(config.as_dict()))) == config
+
+
+def test_paths_become_absolute_where_they_exist_and_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("gpt2").touch()
+    Path("rows.jsonl").touch()
+    flags = ("--data.train", "[rows.jsonl, parts/*.jsonl, owner/name, 'embedded:x.jsonl']")
+    given = load(tmp_path, "", "--model.name_or_path", "model", *flags)
+    config = with_absolute_paths(given)
+    assert config.model.name_or_path == str(tmp_path / "model")
+    wanted = [str(tmp_path / "rows.jsonl"), str(tmp_path / "parts/*.jsonl"), "owner/name", "embedded:x.jsonl"]
+    assert [source.path for source in config.data.train] == wanted
+    assert not changed_settings(config, given)
+    assert changed_settings(config, given.with_values("model", name_or_path="elsewhere")).keys() == {
+        "model.name_or_path"
+    }
+    hub = given.with_values("model", name_or_path="gpt2")  # a file of that name is no model
+    assert with_absolute_paths(hub).model.name_or_path == "gpt2"
+
+
+def test_help_shows_choices_and_defaults_as_yaml_has_them_in_one_column() -> None:
+    lines = {line.split()[0]: line for line in help_text("").splitlines() if line.startswith("  --")}
+    assert lines["--data.over_length"].endswith("(fit | cut | drop | error) [fit]")
+    assert lines["--lora.variant"].endswith("(rslora | null) [null]")
+    assert lines["--checkpoint.keep_best"].endswith("[true]")
+    assert lines["--data.train"].endswith("[]]")
+    assert "(" not in lines["--optim.max_tokens_per_micro_batch"].replace("max(", "")
+    assert all(line[38] == " " != line[39] for line in lines.values())
 
 
 def test_every_preset_is_valid() -> None:

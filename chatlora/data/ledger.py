@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from chatlora.data.control_text import PRIVATE, READ_AS_CONTROL
-from chatlora.data.examples import PROMPT_TOO_LONG, TOO_LONG
+from chatlora.data.examples import NO_REPLY_FITS, NO_TARGET_LEFT, PROMPT_TOO_LONG, TOO_LONG
 from chatlora.data.limits import TOO_MUCH
 from chatlora.data.parts import DROPS
 from chatlora.data.proof import CANNOT_SPELL, FAILED
@@ -21,6 +21,8 @@ OTHER_TEMPLATE = "set model.chat_template to a Jinja file that renders such rows
 REMEDIES = {  # by how a reason begins
     UNREAD: "mend the rows; data.on_bad_row: error tells all that is wrong with them",
     TOO_LONG: "raise data.max_length, or set data.over_length to fit or cut",
+    NO_REPLY_FITS: "raise data.max_length, or set data.over_length to cut",
+    NO_TARGET_LEFT: "raise data.max_length",
     PROMPT_TOO_LONG: "raise evaluation.max_prompt_length",
     DROPS: OTHER_TEMPLATE,
     RAISES: OTHER_TEMPLATE,
@@ -96,11 +98,17 @@ def refuse_lost_sources(sources: Sequence[Mapping[str, Any]]) -> None:
             continue
         which = f"all {read:,}" if lost == read else f"{lost:,} of {read:,}"
         reasons = [one["reason"] for one in source["set_aside"]]
-        remedies = {text for start, text in REMEDIES.items() if any(reason.startswith(start) for reason in reasons)}
+        remedies = {_remedy(reason) for reason in reasons} - {""}
         told = [*_counted(source["set_aside"]), *sorted(remedies)]
         problems.append(f"{source['path']}: {which} rows were set aside: {'; '.join(told)}")
     if problems:
         raise DataError(*problems)
+
+
+def _remedy(reason: str) -> str:
+    """Of the beginnings that fit, the longest knows best; empty where none does."""
+    start = max((start for start in REMEDIES if reason.startswith(start)), key=len, default=None)
+    return "" if start is None else REMEDIES[start]
 
 
 def summary_lines(ledger: Mapping[str, Any]) -> list[str]:

@@ -155,7 +155,7 @@ def _embedded_file(named: str) -> Path:
     path = presets / named.removeprefix(EMBEDDED)
     if not path.is_file() or not path.resolve().is_relative_to(presets.resolve()):
         known = sorted(f"{EMBEDDED}{file.relative_to(presets).as_posix()}" for file in presets.rglob("*.jsonl"))
-        raise DataError(f"{named}: not in the package{did_you_mean(named, known)}; it holds {', '.join(known)}")
+        raise DataError(f"{named}: not in the package{did_you_mean(named, known) or ';'} it holds {', '.join(known)}")
     return path
 
 

@@ -100,7 +100,9 @@ def _why_refused(name: str, module: nn.Module, stacks: dict[str, int], mixers: t
 
 
 def _matching(wanted: str | tuple[str, ...], pool: set[str], layers: Layers) -> set[str]:
-    """As PEFT matches: a string is a pattern for whole names, others are names or their ends."""
+    """As PEFT matches: a string is a pattern for whole names unless it is a plain name; names may be ends."""
+    if isinstance(wanted, str) and re.fullmatch(r"[\w.]+", wanted):
+        wanted = (wanted,)  # one name; as a pattern it would have to be a whole one
     if isinstance(wanted, str):
         try:
             found = {name for name in pool if re.fullmatch(wanted, name)}
@@ -122,7 +124,7 @@ def _no_such_layer(wanted: str, pool: set[str], layers: Layers) -> str:
             return f"lora.target_modules: {wanted} cannot be adapted: {reason}"
     known = sorted({_leaf(name) for name in pool})
     return (
-        f"lora.target_modules: no layer is called '{wanted}'{did_you_mean(wanted, known)}. "
+        f"lora.target_modules: no layer is called '{wanted}'{did_you_mean(wanted, known) or '.'} "
         f"Layers of this model: {', '.join(known)}"
     )
 
