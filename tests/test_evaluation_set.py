@@ -50,6 +50,17 @@ def test_each_turn_of_a_conversation_is_a_sample(tmp_path: Path) -> None:
     assert [sample.turn for sample in evaluate(path, supervise="last")[0]] == [0, 2, 2]
 
 
+def test_rows_that_share_a_place_have_ids_of_their_own(tmp_path: Path) -> None:
+    path, rows = tmp_path / "compact.json", Path(write_rows(tmp_path / "t.jsonl", 3, turns=2)).read_text().splitlines()
+    path.write_text(f"[{', '.join(rows)}]")
+    expected = [f"{place}#{turn}" for place in (f"{path}:1", f"{path}:1: row 2", f"{path}:1: row 3") for turn in (0, 1)]
+    assert [sample.id for sample in evaluate(path)[0]] == expected
+    settings: dict[str, Any] = {"max_prompt_length": None, "max_new_tokens": 64}
+    twice, _ = prepare_evaluation_data([Source(path=str(path))] * 3, PLAIN, **settings)
+    again = [f"{name} ({number})" for number in (2, 3) for name in expected]
+    assert [sample.id for sample in twice] == expected + again
+
+
 def test_long_prompts_and_cut_references_are_named(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "t.jsonl", 2, turns=3)
     whole, _ = evaluate(path)

@@ -182,7 +182,7 @@ def test_places_in_every_kind_of_file(here: Path) -> None:
     assert [place for place, *_ in read("t.csv")] == ["t.csv:2", "t.csv:5"]
     assert [place for place, *_ in read("t.parquet")] == ["t.parquet: row 1", "t.parquet: row 2"]
     assert [place for place, *_ in read("held.json")] == ["held.json: rows[0]", "held.json: rows[1]"]
-    assert [place for place, *_ in read("lines.json")] == ["lines.json:2", "lines.json:4", "lines.json:4"]
+    assert [place for place, *_ in read("lines.json")] == ["lines.json:2", "lines.json:4", "lines.json:4: row 3"]
     assert [place for place, *_ in read("one.json")] == ["one.json:1"]
 
 

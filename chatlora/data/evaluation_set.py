@@ -20,7 +20,8 @@ CUT_REFERENCE = "a reference longer than max_new_tokens"
 class EvalSample:
     """One prompt that the model answers, and the ids of its reference answers, each with its stop token.
 
-    id: `place#turn` of the row that brought it first, the same in every run. turn: which assistant turn, from 0.
+    id: `place#turn` of the row that brought it first, the same in every run; ` (2)` behind it where that row was read
+    before, as from a file that is named twice. turn: which assistant turn, from 0.
     """
 
     id: str
@@ -52,6 +53,7 @@ def prepare_evaluation_data(
     unread: list[list[Unread] | None] = [None if on_bad_row == "error" else [] for _ in sources]
     samples: list[EvalSample] = []
     single_turns: dict[tuple[int, ...], int] = {}  # the ids of a prompt -> its sample's position
+    taken: set[str] = set()
     for account, conversation in _conversations(sources, accounts, system, unread, problems):
         try:
             rendered = renderer.render_for_evaluation(
@@ -76,13 +78,14 @@ def prepare_evaluation_data(
             account.note_cut(conversation.place, PROMPT_TOO_LONG, f"turn {turn}: {told}")
         if rendered.cut_references:
             account.note_cut(conversation.place, CUT_REFERENCE, f"{rendered.cut_references} cut at {max_new_tokens}")
-        _add(samples, single_turns, conversation, rendered.examples)
+        _add(samples, single_turns, taken, conversation, rendered.examples)
     if problems:
         raise DataError(*problems)
     for account, rows in zip(accounts, unread, strict=True):
         account.put_unread_aside(rows or [])
     ledger = ledger_of(accounts)
     refuse_lost_sources(ledger["sources"])
+    assert len(taken) == len(samples)  # processes' parts are put together by id
     return samples, ledger
 
 
@@ -114,6 +117,7 @@ def _account(account: SourceAccount, conversation: Conversation, examples: Seque
 def _add(
     samples: list[EvalSample],
     single_turns: dict[tuple[int, ...], int],
+    taken: set[str],
     conversation: Conversation,
     examples: Sequence[EvalExample],
 ) -> None:
@@ -125,8 +129,17 @@ def _add(
         if known is None:
             if is_single:
                 single_turns[prompt] = len(samples)
-            sample_id = f"{place}#{example.turn}"
+            sample_id = _free_id(f"{place}#{example.turn}", taken)
             samples.append(EvalSample(sample_id, place, example.turn, example.input_ids, [example.output_ids]))
         elif example.output_ids not in samples[known].references:
             references = [*samples[known].references, example.output_ids]
             samples[known] = replace(samples[known], references=references)
+
+
+def _free_id(wanted: str, taken: set[str]) -> str:
+    """`wanted`, numbered where it is taken; the answer is taken from then on."""
+    free, number = wanted, 2
+    while free in taken:
+        free, number = f"{wanted} ({number})", number + 1
+    taken.add(free)
+    return free

@@ -83,9 +83,10 @@ def _parse_line(line: bytes) -> Row | BadRow:
 
 
 def read_json(path: Path, name: str) -> Rows:
-    """A list of rows, an object that holds one list of rows, or objects one after the other; places are `name:line`.
+    """A list of rows, an object that holds one list of rows, or objects one after the other.
 
-    The text is held in memory, the rows are not.
+    Places are `name:line`, with `: row N`, from 1, where a row shares its line with the row before it. The text is held
+    in memory, the rows are not.
     """
     raw = path.read_bytes().removeprefix(UTF8_BOM)
     if raw.startswith(_UTF16_BOMS):
@@ -98,11 +99,13 @@ def read_json(path: Path, name: str) -> Rows:
         yield BadRow(_not_utf8(raw, error), ends=True), f"{name}:{line}"
         return
     line, counted = 1, 0
-    for value, begin, end in _json_values(text):
-        line, counted = line + text.count("\n", counted, begin), begin
+    for number, (value, begin, end) in enumerate(_json_values(text), start=1):
+        new_lines = text.count("\n", counted, begin)
+        line, counted = line + new_lines, begin
         key = _key_of_rows(value) if end == len(text) and not text[:begin].strip() else None
         if key is None:
-            yield _as_row(value), f"{name}:{line}"
+            shares_line = number > 1 and not new_lines and not isinstance(value, BadRow)
+            yield _as_row(value), f"{name}:{line}: row {number}" if shares_line else f"{name}:{line}"
             continue
         for index, row in enumerate(value[key]):
             yield _as_row(row), f"{name}: {key}[{index}]"
