@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
@@ -21,7 +23,7 @@ from chatlora.config import LoraConfig, ModelConfig
 from chatlora.data.collate import pad_right
 from chatlora.errors import ConfigError, ModelError
 from chatlora.model.continuing import start_from
-from chatlora.model.loading import load_adapter, load_base_model, load_for_inference
+from chatlora.model.loading import load_adapter, load_base_model, load_for_inference, load_tokenizer
 from chatlora.model.lora import add_lora, trainable
 from chatlora.model.loss import TargetLoss
 from chatlora.model.serving import WEIGHTS, save_adapter, served_class, why_not_served
@@ -265,3 +267,44 @@ def test_embeddings_and_head_can_be_reached_for_added_tokens(tmp_path: Path) -> 
     assert why_not_served(model, weights_of(model), tmp_path / "adapter", None) is None
     base = load_base_model(ModelConfig(name_or_path=str(checkpoint)), dtype=torch.float32)
     assert torch.allclose(logits(load_adapter(base, tmp_path / "adapter")), logits(model), atol=1e-4)
+
+
+# ---- what does not belong together
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_size": 32}, "another shape"),
+        ({"num_hidden_layers": 1}, "would ignore"),
+        ({"num_hidden_layers": 3}, "and lack"),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused(change: dict[str, int], said: str, tmp_path: Path) -> None:
+    model = trained(saved("Llama", tmp_path))
+    save_adapter(model, weights_of(model), tmp_path / "adapter")
+    other = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **change}))
+    with pytest.raises(ModelError, match=f"does not belong.*{said}"):
+        load_adapter(other, tmp_path / "adapter")
+
+
+def test_an_adapter_for_layers_that_the_model_has_not_is_refused(tmp_path: Path) -> None:
+    model = trained(saved("Llama", tmp_path))
+    save_adapter(model, weights_of(model), tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    settings["target_modules"] = ["query_key_value"]
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"does not belong.*query_key_value"):
+        load_adapter(tiny_llama(320), tmp_path / "adapter")
+
+
+def test_an_adapter_or_a_run_is_no_base_model(tmp_path: Path) -> None:
+    model = trained(saved("Llama", tmp_path))
+    save_adapter(model, weights_of(model), tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "config.yaml").write_text("model: {}")
+    for folder, said in (("run/adapter", r"--adapter.*lora\.init_from"), ("run", r"run directory.*lora\.init_from")):
+        given = ModelConfig(name_or_path=str(tmp_path / folder))
+        with pytest.raises(ModelError, match=said):
+            load_base_model(given, dtype=torch.float32)
+        with pytest.raises(ModelError, match=said):
+            load_tokenizer(given)

@@ -12,7 +12,6 @@ from rich.console import Console
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from chatlora.cache import cache_root
-from chatlora.config import ModelConfig
 from chatlora.data.evaluation_set import EvalSample, prepare_evaluation_data
 from chatlora.data.ledger import summary_lines
 from chatlora.data.rendering import Renderer
@@ -94,7 +93,7 @@ def set_up(request: Request, runtime: Runtime) -> Actors:
     say = _say if runtime.is_main else _say_nothing
     config = request.config
     adapter = None if request.adapter is None else find_adapter(request.adapter)
-    tokenizer = load_tokenizer(_tokenizer_source(config.model, adapter))
+    tokenizer = load_tokenizer(config.model, adapter)
     renderer = _renderer(request, tokenizer)
     samples, ledger = _samples(request, renderer)
     for line in summary_lines(ledger):
@@ -141,13 +140,6 @@ def _note_limit(model: Model, needed: int, say: Callable[[str], None]) -> None:
             f"the longest prompt and its answer may take {needed:,} tokens, but the model was made for {limit:,}: "
             "lower --max_new_tokens or --max_prompt_length"
         )
-
-
-def _tokenizer_source(model: ModelConfig, adapter: Path | None) -> ModelConfig:
-    """The adapter's own tokenizer and template where they were saved with it: what it was trained with."""
-    if adapter is None or model.chat_template is not None or not (adapter / "tokenizer_config.json").is_file():
-        return model
-    return ModelConfig(name_or_path=str(adapter))
 
 
 def _renderer(request: Request, tokenizer: PreTrainedTokenizerBase) -> Renderer:

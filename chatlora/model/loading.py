@@ -1,6 +1,7 @@
 """Base models, tokenizers and adapters from a folder, the hub or the embedded model. No remote code, no pickle."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from chatlora.config import ModelConfig
 from chatlora.data.rendering import Renderer
@@ -21,7 +23,7 @@ from chatlora.data.template import chat_template_of, resolve_template_kwargs
 from chatlora.errors import ModelError
 from chatlora.model.demo import embedded_model
 from chatlora.model.lora import without_false_alarms
-from chatlora.model.serving import names_from_checkpoint
+from chatlora.model.serving import names_from_checkpoint, why_not_fitting
 
 EMBEDDED = "embedded:"
 
@@ -33,8 +35,14 @@ def locate(name_or_path: str) -> str:
     return name_or_path
 
 
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with `model.chat_template` in place of its own template where that is set."""
+def load_tokenizer(model: ModelConfig, adapter: Path | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with `model.chat_template` in place of its own template where that is set.
+
+    With an adapter, the one that was saved with it, if any: what it was trained with, template included.
+    """
+    _refuse_adapter(model)
+    if adapter is not None and model.chat_template is None and (adapter / "tokenizer_config.json").is_file():
+        return _from_pretrained(AutoTokenizer, ModelConfig(name_or_path=str(adapter)))
     tokenizer = _from_pretrained(AutoTokenizer, model)
     if model.chat_template is not None:
         try:
@@ -49,7 +57,10 @@ def load_base_model(model: ModelConfig, *, dtype: torch.dtype) -> PreTrainedMode
 
     That is the fastest one that is exact on it: eager where scaled-dot-product attention lacks soft-capping or sinks.
     """
+    _refuse_adapter(model)
     base = _from_pretrained(AutoModelForCausalLM, model, dtype=dtype, use_safetensors=True)
+    if base._hf_peft_config_loaded:  # an adapter of the hub: transformers has put it on its base
+        raise ModelError(_is_adapter(model.name_or_path, base.config.name_or_path))
     assert base.dtype == dtype
     return base
 
@@ -86,16 +97,30 @@ def load_for_inference(
     Takes a run directory or an adapter folder. Raises ModelError where there is no adapter. dtype: fp32 by default.
     """
     adapter = find_adapter(Path(run_dir_or_adapter))
-    base_name = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    base = load_base_model(ModelConfig(name_or_path=base_name), dtype=dtype or torch.float32)
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    base_model = ModelConfig(name_or_path=settings["base_model_name_or_path"], revision=settings.get("revision"))
+    base = load_base_model(base_model, dtype=dtype or torch.float32)
     model = load_adapter(base, adapter)
     tokenizer = _from_pretrained(AutoTokenizer, ModelConfig(name_or_path=str(adapter)))
     return (model.merge_and_unload() if merge else model).eval(), tokenizer
 
 
 def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
-    """The base with an adapter on it, frozen, in fp32; every tensor of the adapter must find its place."""
+    """The base with an adapter on it, frozen, in fp32.
+
+    Raises ModelError where a tensor of the adapter has no place in this model, or a place gets none.
+    """
     mapping = names_from_checkpoint(base)
+    try:
+        fault = why_not_fitting(base, adapter)
+    except (ValueError, KeyError, TypeError) as error:  # of PEFT: settings that this model cannot meet
+        fault = " ".join(str(error).split())
+    if fault:
+        trained_on = json.loads((adapter / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
+        raise ModelError(
+            f"the adapter {adapter} does not belong to the model {base.name_or_path}: {fault}. It was trained on "
+            f"{trained_on}; give that as the model"
+        )
     with without_false_alarms():
         model = PeftModel.from_pretrained(base, str(adapter), is_trainable=False, key_mapping=mapping or None)
     return model.eval()
@@ -123,7 +148,29 @@ def find_adapter(folder: Path) -> Path:
     raise ModelError(f"{folder} holds no adapter: a finished run has adapter/adapter_config.json in it")
 
 
+def _refuse_adapter(model: ModelConfig) -> None:
+    """Raise ModelError where `model.name_or_path` is an adapter's folder or a run directory, which hold no model."""
+    folder = Path(model.name_or_path)
+    if (folder / "adapter_config.json").is_file():
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        raise ModelError(_is_adapter(model.name_or_path, settings.get("base_model_name_or_path")))
+    if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"model.name_or_path: {folder} is a run directory, not a model: `evaluate.py {folder}` evaluates it, and "
+            f"training goes on from its adapter with lora.init_from"
+        )
+
+
+def _is_adapter(name: str, base: str | None) -> str:
+    return (
+        f"model.name_or_path: {name} is an adapter, not a model. Name its base model there ({base}), and the adapter "
+        f"with `--adapter {name}` of evaluate.py, or in lora.init_from to train on from it"
+    )
+
+
 def _from_pretrained(auto: Any, model: ModelConfig, **arguments: Any) -> Any:
+    if not sys.stderr.isatty():  # a log file would keep every state of a progress bar
+        logging.disable_progress_bar()
     where = locate(model.name_or_path)
     is_local = Path(where).is_dir()
     if not is_local and (where.startswith((".", "/", "~")) or where.count("/") > 1):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -78,21 +78,40 @@ def why_not_served(model: PeftModel, weights: Tensors, folder: Path, autocast_dt
         return _wrong_effect(model, weights, folder)
 
 
+def why_not_fitting(base: PreTrainedModel, folder: Path) -> str | None:
+    """None if every tensor of the adapter in `folder` has its place in `base` and none is left without one.
+
+    Else half a sentence. Nothing is put on `base`: names and shapes are those of a copy without memory. Raises
+    ValueError where the adapter's settings cannot be met by this model at all.
+    """
+    with torch.device("meta"):
+        skeleton = type(base)(base.config)
+    found = load_peft_weights(str(folder), device="cpu", key_mapping=names_from_checkpoint(base) or None)
+    return _compared({name: list(tensor.shape) for name, tensor in found.items()}, skeleton, folder)
+
+
 def _wrong_names(base: PreTrainedModel, folder: Path) -> str | None:
-    skeleton, settings = _skeleton(base), PeftConfig.from_pretrained(str(folder))
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    return _compared(found, _skeleton(base), folder)
+
+
+def _compared(found: Mapping[str, list[int]], skeleton: PreTrainedModel, folder: Path) -> str | None:
+    """What is wrong with tensors of these names and shapes, as the adapter in `folder` on `skeleton`."""
+    served, settings = type(skeleton).__name__, PeftConfig.from_pretrained(str(folder))
+    settings.base_model_name_or_path = None  # PEFT warns where it is another name than the skeleton's, which has none
     with torch.device("meta"), without_false_alarms():
         opened = get_peft_model(skeleton, settings, low_cpu_mem_usage=True)
     wanted = {n: list(t.shape) for n, t in get_peft_model_state_dict(opened, save_embedding_layers=False).items()}
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    unknown, missing = sorted(found.keys() - wanted.keys()), sorted(wanted.keys() - found.keys())
-    served = type(skeleton).__name__
+    # PEFT may save whole embeddings beside an adapter, and puts them in place of the model's own.
+    known = wanted | {n: list(t.shape) for n, t in opened.state_dict().items() if "lora_" not in n}
+    unknown, missing = sorted(found.keys() - known.keys()), sorted(wanted.keys() - found.keys())
     if unknown or missing:
         return (
             f"{served} would ignore {len(unknown)} of its tensors ({', '.join(unknown[:2])}) and lack {len(missing)} "
             f"({', '.join(missing[:2])})"
         )
-    misshapen = [name for name, shape in found.items() if shape != wanted[name]]
+    misshapen = [name for name, shape in found.items() if shape != known[name]]
     return f"{misshapen[0]} has another shape in {served}" if misshapen else None
 
 
