@@ -26,6 +26,7 @@ from chatlora.training.timetable import Timetable
 from tests.engine_runs import ENGINES, assert_engine, environment_of
 from tests.fork_server import ForkServer
 from tests.reference import distance, reference
+from tests.test_launch import AUTO_JSON
 
 STEPS = 8  # the fifth has a single row: fewer rows than ranks, and a rank without a target
 GRADIENT, WEIGHTS, LOSS = 5e-6, 2e-5, 5e-6  # relative
@@ -353,3 +354,52 @@ def test_evaluation_answers_every_sample_once_as_one_process_does(
         assert two.read_text(encoding="utf-8") == one.read_text(encoding="utf-8")
     ids = [(line["id"], line["turn"]) for line in map(json.loads, two.read_text(encoding="utf-8").splitlines())]
     assert len(ids) == len(set(ids)) >= rows
+
+
+# ---- settings of the user's, and patience
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["", "with optimizer and scheduler"])
+def test_a_json_full_of_auto_is_the_right_run(train: Train, alone: Path, tmp_path: Path, blocks: bool) -> None:
+    settings = {name: value for name, value in AUTO_JSON.items() if blocks or name not in ("optimizer", "scheduler")}
+    (tmp_path / "auto.json").write_text(json.dumps(settings))
+    chosen = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "auto.json")}
+    folder = train("zero3", *FLAGS, witness=WORKED, environment=chosen)
+    assert_engine("zero3", facts_of(folder))
+    assert distance(state(folder, STEPS).adapter, state(alone, STEPS).adapter) <= WEIGHTS
+
+
+SLOW_DATA = """
+import time, datetime
+from chatlora.training import engines, stage
+engines.TIMEOUT = datetime.timedelta(seconds=10)
+prepare = stage.prepare_training_data
+def slowly(*given, **named):
+    prepared = prepare(*given, **named)
+    time.sleep(20 if os.environ["RANK"] == "1" else 0)
+    return prepared
+stage.prepare_training_data = slowly
+"""
+IMPATIENT = "from chatlora.training.runtime import Runtime; Runtime.meet = lambda runtime: None\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("broken", "statuses"), [("", (0,)), (IMPATIENT, (1,))])
+def test_data_may_take_longer_than_a_collective(train: Train, broken: str, statuses: tuple[int, ...]) -> None:
+    train("multi_gpu", "--optim.max_steps", "1", witness=SLOW_DATA + broken, statuses=statuses)
+
+
+OTHER_ROWS = """
+import dataclasses
+from chatlora.training import stage
+prepare = stage.prepare_training_data
+def elsewhere(*given, **named):
+    prepared = prepare(*given, **named)
+    return prepared if os.environ["RANK"] == "0" else dataclasses.replace(prepared, fingerprint="other")
+stage.prepare_training_data = elsewhere
+"""
+
+
+def test_a_machine_with_other_rows_is_refused(train: Train, server: ForkServer) -> None:
+    train("multi_gpu", "--optim.max_steps", "1", witness=OTHER_ROWS, statuses=(1, 2))
+    assert "the contents of data.train or data.validation is not what rank 0 has" in server.log.read_text()

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import chatlora
 from chatlora.cache import cache_root
-from chatlora.claim import claim, contents_of, refuse_other_inputs
+from chatlora.claim import INPUTS, claim, contents_of, refuse_other_inputs
 from chatlora.config import Config
 from chatlora.config_files import Loaded, config_text
 from chatlora.data.batches import GlobalBatches
@@ -28,7 +28,7 @@ from chatlora.data.dataset import ExampleSet, PreparedData, Say, prepare_trainin
 from chatlora.data.ledger import summary_lines
 from chatlora.data.rendering import Renderer
 from chatlora.data.survey import inputs_of, survey
-from chatlora.errors import ConfigError, ModelError, OutOfMemoryError
+from chatlora.errors import ConfigError, LaunchError, ModelError, OutOfMemoryError
 from chatlora.model.attention import why_not_packed
 from chatlora.model.continuing import start_from
 from chatlora.model.identity import base_model_identity
@@ -96,6 +96,8 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
     runtime, adapted = load_model(config, runtime, tokenizer, data, run.say)
     identity = base_model_identity(adapted.get_base_model())
     init_from = None if config.lora.init_from is None else start_from(adapted, config.lora)
+    facts = environment(runtime, renderer, data, identity) | {"init_from": init_from}
+    refuse_other_ranks(runtime, facts)
     model, optimizer = hand_over(adapted, runtime, weight_decay=config.optim.weight_decay)
 
     batches = batches_of(config, runtime, data.train)
@@ -105,7 +107,6 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
         f"{steps:,} steps of {config.optim.global_batch_size} examples; the first: {first.num_tokens:,} tokens in "
         f"{first.num_micro_batches} micro-batch(es) a process, of at most {runtime.token_budget:,} tokens each"
     )
-    facts = environment(runtime, renderer, data, identity) | {"init_from": init_from}
     if runtime.is_main:
         facts |= {"contents": contents_of(config)}
         refuse_other_inputs(config, facts)
@@ -113,6 +114,15 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
         refuse_full_disk(run.checkpoints, size, config.checkpoint.keep_last)
     run.describe(config, facts, data.ledger)
     return Actors(config, runtime, tokenizer, renderer, adapted, model, optimizer, batches, data)
+
+
+def refuse_other_ranks(runtime: Runtime, facts: dict[str, Any]) -> None:
+    """Raise LaunchError, by name, where a machine without a shared disk has other rows or another model than rank 0."""
+    here = {name: facts[name] for name in INPUTS}
+    there = json.loads(runtime.share(json.dumps(here)))
+    different = [what for name, what in INPUTS.items() if here[name] != there[name]]
+    if different:
+        raise LaunchError(*(f"on {platform.node()}, {what} is not what rank 0 has" for what in different))
 
 
 def load_data(config: Config, runtime: Runtime, say: Say) -> tuple[PreTrainedTokenizerBase, Renderer, PreparedData]:
