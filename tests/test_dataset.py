@@ -253,6 +253,21 @@ def test_losing_more_than_half_of_a_source_is_an_error_with_reasons(tmp_path: Pa
     assert "data.supervise" in problem
 
 
+@pytest.mark.parametrize(
+    ("mode", "remedy"),
+    [
+        ("fit", "raise data.max_length, or set data.over_length to cut"),
+        ("cut", "raise data.max_length"),
+        ("drop", "raise data.max_length, or set data.over_length to fit or cut"),
+    ],
+)
+def test_the_remedy_for_long_rows_is_none_that_is_in_force(tmp_path: Path, mode: str, remedy: str) -> None:
+    path = write_rows(tmp_path / "t.jsonl", 3)
+    with pytest.raises(DataError) as caught:
+        prepare(tmp_path, train=path, max_length=3, over_length=mode)
+    assert str(caught.value).endswith(f"; {remedy}")
+
+
 def test_cut_rows_are_named_with_what_they_lost(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "t.jsonl", 2, turns=4)
     (row, _) = read_conversations(Source(path=path))

@@ -45,6 +45,15 @@ def test_the_rank_is_divided_over_the_experts_that_a_token_goes_to() -> None:
     assert shapes[f"{layer}.mlp.shared_expert.down_proj.lora_A.default.weight"][0] == 8
 
 
+def test_a_plain_name_is_a_name_and_not_a_pattern_for_whole_names() -> None:
+    base = build_base("Llama")
+    assert find_targets(base, "q_proj") == find_targets(base, ("q_proj",))
+    assert find_targets(base, "layers.0.self_attn.q_proj").modules == find_targets(base, r".*\.0\..*q_proj").modules
+    with pytest.raises(ModelError) as refused:
+        find_targets(base, "q_porj")
+    assert "no layer is called 'q_porj'; did you mean 'q_proj'? Layers of this model" in str(refused.value)
+
+
 def test_rslora_scales_by_the_root_of_the_rank() -> None:
     for variant, scale in ((None, 32 / 16), ("rslora", 32 / 4)):
         model = add_lora(build_base("Llama"), LoraConfig(rank=16, alpha=32, variant=variant), seed=0)

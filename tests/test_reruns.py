@@ -1,6 +1,7 @@
 """The same command once more: what a finished run says, what it refuses, what it makes good."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,12 @@ def test_a_finished_run_without_its_log_still_says_so(run: Run, capsys: pytest.C
     (folder / "log.jsonl").write_text("")
     run(*SHORT)
     assert "is finished: log.jsonl is missing or empty" in capsys.readouterr().out
+
+
+def test_the_share_of_the_proof_is_told_once(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run(*SHORT)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "to prove the targets exact" in line]
+    assert re.fullmatch(r"rendering took [\d.]+ s of work when it was done, [1-9]\d?% of it to prove .*", line)
 
 
 def test_an_empty_config_is_told_as_such(run: Run) -> None:
