@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,3 +63,27 @@ def server(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fo
     log = tmp_path_factory.mktemp("server") / "log"
     with ForkServer(log, CHATLORA_CACHE=str(world / "cache")) as started:
         yield started
+
+
+@pytest.fixture
+def argv(world: Path) -> list[str]:
+    """A command line for ten steps, saved after steps 3, 6, 9 and 10."""
+    from tests.runs import FLAGS
+
+    return [str(world / "my.yaml"), *FLAGS]
+
+
+@pytest.fixture(scope="session")
+def whole(server: ForkServer, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Any]:
+    """`whole(2)`: the run of `argv` under two processes that nobody disturbed."""
+    from tests.runs import undisturbed
+
+    return cache(lambda ranks: undisturbed(server, world, tmp_path_factory.mktemp(f"whole-{ranks}"), ranks))
+
+
+@pytest.fixture(scope="session")
+def killed(server: ForkServer, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the run of `argv`, killed in step 8, after the checkpoint of step 6."""
+    from tests.runs import killed_in_step_8
+
+    return killed_in_step_8(server, world, tmp_path_factory.mktemp("killed"))

@@ -3,39 +3,22 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from chatlora.errors import Stopped
 from chatlora.run_directory import LOG, VALIDATION, read_log, read_status
-from chatlora.training.checkpoint import published, step_of
 from chatlora.training.signals import StopSignals
-from tests.fork_server import REPOSITORY, At, ForkServer
+from tests.fork_server import At, ForkServer
+from tests.runs import STEP, STEPS, WRITE, saved, wait_until
 
-STEPS = 10
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
-STEP = "chatlora.training.runtime:Runtime.clip_gradients"
 VALIDATES = "chatlora.training.runtime:Runtime.in_order"
-SAVES = "chatlora.training.state:write_checkpoint"
 BUILDS = "chatlora.data.rendering:Renderer.render"
 RENDERS = "jinja2:Template.render"  # within whatever guards against what a template may raise
 EXPORTS = "chatlora.training.stage:put_away"
 LOADS = "chatlora.training.stage:load_base_model"
-
-
-@pytest.fixture
-def argv(world: Path) -> list[str]:
-    return [str(world / "my.yaml"), "--checkpoint.every_steps", "3", "--run.output_dir", "run"]
-
-
-def saved(folder: Path) -> list[int]:
-    return [step_of(home) for home in published(folder / "run" / "checkpoints")]
 
 
 def stops_and_goes_on(
@@ -44,7 +27,7 @@ def stops_and_goes_on(
     """step: after which the run stops, saved; None: before the first. validations: those that are logged by then."""
     before = server.log.stat().st_size if server.log.exists() else 0
     statuses = server.run(argv, folder, ranks=ranks, at=at)
-    too_late = at.place == SAVES and step == STEPS  # told to the process that saves, when the others have ended
+    too_late = at.place == WRITE and step == STEPS  # told to the process that saves, when the others have ended
     assert statuses == [75] * ranks or (too_late and statuses == [75, 0])
     status = read_status(folder / "run")
     assert (status["state"], status["step"]) == ("stopped", step or 0)
@@ -66,9 +49,9 @@ MOMENTS = {
     "training": (STEP, 5, 5, [3]),
     "a step before a validation": (STEP, 6, 6, [3]),
     "validation": (VALIDATES, 2, 6, [3]),
-    "saving": (SAVES, 2, 7, [3, 6]),  # noticed by the step after it
+    "saving": (WRITE, 2, 7, [3, 6]),  # noticed by the step after it
     "the last validation": (VALIDATES, 4, 10, [3, 6, 9]),
-    "the last save": (SAVES, 4, 10, [3, 6, 9, 10]),
+    "the last save": (WRITE, 4, 10, [3, 6, 9, 10]),
     "putting the adapter away": (EXPORTS, 1, 10, [3, 6, 9, 10]),
 }
 FAST = [
@@ -149,13 +132,6 @@ def _is_stopped(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(0.01)
-
-
 def test_a_validation_cut_short_twice_is_made_in_the_end(server: ForkServer, argv: list[str], tmp_path: Path) -> None:
     for call in (2, 1):
         assert server.run(argv, tmp_path, at=At("SIGTERM", VALIDATES, call)) == [75]
@@ -220,185 +196,3 @@ def test_a_second_interrupt_during_a_step_leaves_at_once(server: ForkServer, arg
         "Runtime.backward = twice"
     )
     assert server.run(argv, tmp_path, broken=twice) == [-signal.SIGINT]
-
-
-# ---- who is told: shells and launchers
-
-
-@contextmanager
-def started(command: list[str], folder: Path, cache: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a session of its own; whatever is left of it at the end is killed."""
-    environment = {**os.environ, "CHATLORA_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-    def as_from_a_terminal() -> None:  # what a script starts in the background ignores SIGINT, and so do its children
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=log, stderr=log, preexec_fn=as_from_a_terminal
-        )
-    family: list[int] = []
-    try:
-        wait_until(lambda: has_begun(folder) or process.poll() is not None, 200)
-        assert process.poll() is None, (folder / "log").read_text()
-        family += children_of(process.pid)
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        for pid in family:
-            if is_alive(pid) and Path(f"/proc/{pid}/cwd").resolve() == folder.resolve():
-                os.kill(pid, signal.SIGKILL)
-
-
-def launched(config: str, processes: int, *arguments: str) -> list[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command += [str(REPOSITORY / "accelerate_configs" / config), "--num_processes", str(processes)]
-    return [*command, "--main_process_port", "0", str(REPOSITORY / "train.py"), *arguments]
-
-
-LONG = ("--optim.epochs", "2000")
-
-
-def has_begun(folder: Path) -> bool:
-    return bool(read_log(folder / "run" / LOG))
-
-
-def is_over(folder: Path) -> bool:
-    return read_status(folder / "run").get("state") != "running"
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize(
-    ("config", "processes", "name"),
-    [
-        ("cpu.yaml", 1, "SIGTERM"),
-        ("cpu.yaml", 1, "SIGINT"),
-        ("cpu.yaml", 1, "SIGUSR1"),
-        ("cpu.yaml", 1, "SIGKILL"),
-        ("multi_gpu.yaml", 2, "SIGTERM"),
-        ("multi_gpu.yaml", 2, "SIGINT"),
-        ("multi_gpu.yaml", 2, "SIGUSR1"),
-        ("multi_gpu.yaml", 2, "SIGKILL"),
-    ],
-)
-def test_a_signal_to_the_launcher_alone_stops_the_run(
-    world: Path, argv: list[str], tmp_path: Path, config: str, processes: int, name: str
-) -> None:
-    """One process: the launcher passes nothing on. SIGUSR1 and SIGKILL: no launcher passes them on. It dies of them."""
-    with started(launched(config, processes, *argv, *LONG), tmp_path, world / "cache") as launcher:
-        workers = children_of(launcher.pid)
-        assert len(workers) >= processes
-        launcher.send_signal(getattr(signal, name))
-        assert launcher.wait(timeout=60) != 0
-        wait_until(lambda: is_over(tmp_path))
-        status = read_status(tmp_path / "run")
-        assert status["state"] == "stopped"
-        assert saved(tmp_path)[-1] == status["step"] == read_log(tmp_path / "run" / LOG)[-1]["step"]
-        wait_until(lambda: not any(is_alive(pid) for pid in workers))
-
-
-def test_a_run_that_a_shell_started_outlives_its_shell(world: Path, argv: list[str], tmp_path: Path) -> None:
-    command = " ".join([sys.executable, str(REPOSITORY / "train.py"), *argv, *LONG])
-    with started(["bash", "-c", f"nohup {command} & echo $! > pid; sleep 300"], tmp_path, world / "cache") as shell:
-        process = int((tmp_path / "pid").read_text())
-        shell.kill()
-        shell.wait()
-        step = read_log(tmp_path / "run" / LOG)[-1]["step"]
-        wait_until(lambda: read_log(tmp_path / "run" / LOG)[-1]["step"] > step + 3)
-        assert read_status(tmp_path / "run")["state"] == "running"
-        os.kill(process, signal.SIGTERM)
-        wait_until(lambda: is_over(tmp_path))
-        assert read_status(tmp_path / "run")["state"] == "stopped"
-
-
-@pytest.mark.parametrize(
-    ("state", "restarts", "requeued", "status"),
-    [
-        ("done", 0, False, 0),
-        ("stopped", 0, True, 0),
-        ("running", 49, True, 0),  # killed before it could say anything
-        ("stopped", 50, False, 1),
-        ("failed", 0, False, 1),
-        (None, 0, False, 1),
-    ],
-)
-def test_the_slurm_script_of_the_docs_queues_again_what_was_stopped(
-    tmp_path: Path, state: str | None, restarts: int, requeued: bool, status: int
-) -> None:
-    _, _, text = (REPOSITORY / "docs" / "reliability.md").read_text(encoding="utf-8").partition("<!-- slurm -->")
-    (tmp_path / "job.sh").write_text(text.split("```bash\n")[1].split("```")[0])
-    (tmp_path / "runs" / "my").mkdir(parents=True)
-    told = "true" if state is None else f'echo \'{{"state": "{state}"}}\' > runs/my/status.json; exit 1'
-    for name, body in (("srun", told), ("scontrol", 'echo "$@" > requeued')):
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
-    environment["SLURM_RESTART_COUNT"] = str(restarts)
-    ended = subprocess.run(["bash", "job.sh"], cwd=tmp_path, env=environment, capture_output=True, check=False)
-    assert (tmp_path / "requeued").is_file() == requeued
-    assert ended.returncode == status
-    if requeued:
-        assert (tmp_path / "requeued").read_text() == "requeue 17\n"
-
-
-# ---- processes that render
-
-RENDERING = """
-import itertools
-import sys
-from pathlib import Path
-
-from chatlora.data.conversation import Conversation, Message
-from chatlora.data.rendering import Renderer
-from chatlora.data.workers import Effort, Work, outcomes
-from chatlora.errors import run_as_script
-from chatlora.training.signals import StopSignals
-from tests.tiny_tokenizers import tiny_tokenizer
-
-
-def main(argv):
-    signals = StopSignals()
-    signals.install()
-    row = Conversation((Message("user", "Where is Oslo?"), Message("assistant", "In Norway.")), place="rows.jsonl:1")
-    work = Work(Renderer(tiny_tokenizer()), 200, "fit", "all")
-    for _ in outcomes(((0, row) for _ in itertools.count()), work, 2, Effort(), print):
-        Path("begun").touch()
-
-
-if __name__ == "__main__":
-    run_as_script(main)
-"""
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow), "SIGKILL"])
-def test_processes_that_render_end_with_their_parent(tmp_path: Path, name: str) -> None:
-    """SIGTERM and SIGINT go to the whole group, as launchers and terminals send them; SIGKILL to the parent alone."""
-    (tmp_path / "render.py").write_text(RENDERING)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log").open("wb") as log:
-        command = [sys.executable, "render.py"]
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-    wait_until(lambda: (tmp_path / "begun").exists() or process.poll() is not None)
-    assert process.poll() is None, (tmp_path / "log").read_text()
-    workers = children_of(process.pid)
-    assert len(workers) >= 2
-    if name == "SIGKILL":
-        process.kill()
-    else:
-        os.killpg(process.pid, getattr(signal, name))
-    assert process.wait(timeout=30) == (-signal.SIGKILL if name == "SIGKILL" else 75), (tmp_path / "log").read_text()
-    wait_until(lambda: not any(is_alive(pid) for pid in workers))
-
-
-def is_alive(pid: int) -> bool:
-    """A process that has ended and that nobody waits for, as in a container without an init, is not alive."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
