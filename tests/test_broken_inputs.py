@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,10 @@ Train = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def train_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Train:
-    """train.py on `t.jsonl` and the like, in this process: its exit status, and what it says on standard error."""
+    """train.py on `t.jsonl` and the like, in this process: its exit status, and what it says on standard error.
+
+    The folder in which it runs is taken out of what is said.
+    """
     monkeypatch.setenv("CHATLORA_CACHE", str(world / "cache"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "strict.jinja").write_text(STRICT_TEMPLATE)
@@ -32,10 +36,18 @@ def train_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         try:
             run_as_script(train.main)
         except SystemExit as left:
-            return int(left.code or 0), capsys.readouterr().err
-        return 0, capsys.readouterr().err
+            return int(left.code or 0), here(capsys.readouterr().err)
+        return 0, here(capsys.readouterr().err)
 
     return run
+
+
+def here(text: str) -> str:
+    return text.replace(f"{Path.cwd()}/", "")
+
+
+def places(account: dict[str, Any]) -> list[str]:
+    return [here(entry["place"]) for entry in account["set_aside"]]
 
 
 def test_there_are_at_least_sixty_each_under_a_name_of_its_own() -> None:
@@ -103,9 +115,7 @@ def test_rows_that_cannot_be_read_are_set_aside_by_name_and_the_rest_is_trained_
     (account,) = json.loads(Path("run/ledger.json").read_text())["sources"]
     assert account["rows_read"] == len(mixed) == account["rows_used"] + len(account["set_aside"])
     assert account["rows_used"] == 60
-    assert [entry["place"] for entry in account["set_aside"]] == [
-        f"t.jsonl:{number}" for number, line in enumerate(mixed, start=1) if line in broken
-    ]
+    assert places(account) == [f"t.jsonl:{number}" for number, line in enumerate(mixed, start=1) if line in broken]
     assert {entry["reason"] for entry in account["set_aside"]} == {"the row cannot be read"}
     assert any("did you mean 'assistant'?" in entry["detail"] for entry in account["set_aside"])
 
@@ -117,7 +127,7 @@ def test_rows_that_cannot_be_rendered_are_set_aside_by_name_among_good_ones(trai
     status, told = train_on("t.jsonl", "--optim.max_steps", "1")
     assert status == 0, told
     (account,) = json.loads(Path("run/ledger.json").read_text())["sources"]
-    assert [entry["place"] for entry in account["set_aside"]] == [f"t.jsonl:{n + 1}" for n in range(len(bad))]
+    assert places(account) == [f"t.jsonl:{n + 1}" for n in range(len(bad))]
     assert len({entry["reason"] for entry in account["set_aside"]}) >= 5
     assert account["rows_read"] == 20 + len(bad) == account["rows_used"] + len(account["set_aside"])
 
