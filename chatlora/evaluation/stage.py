@@ -36,6 +36,7 @@ from chatlora.evaluation.scoring import score_into, told_in
 from chatlora.evaluation.shares import collect, hand_over, open_parts, remove_parts, share
 from chatlora.model.loading import find_adapter, load_adapter, load_base_model, load_tokenizer, renderer_for
 from chatlora.model.spread import layer_by_layer
+from chatlora.model.template_settings import as_adapter_was_trained
 from chatlora.training.runtime import Runtime
 
 
@@ -91,8 +92,11 @@ class Actors:
 def set_up(request: Request, runtime: Runtime) -> Actors:
     """The rows rendered and proved, the model and its adapter loaded, the samples dealt in batches to the processes."""
     say = _say if runtime.is_main else _say_nothing
-    config = request.config
     adapter = None if request.adapter is None else find_adapter(request.adapter)
+    if adapter is not None and not request.of_run:  # a run's config says it all
+        model_settings = as_adapter_was_trained(request.config.model, adapter)
+        request = replace(request, config=request.config.model_copy(update={"model": model_settings}))
+    config = request.config
     tokenizer = load_tokenizer(config.model, adapter)
     renderer = _renderer(request, tokenizer)
     samples, ledger = _samples(request, renderer)

@@ -10,11 +10,14 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 HASHED_WHOLE = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
-def base_model_identity(base: PreTrainedModel) -> str:
-    """`commit:...` for a model of the hub, else `sha256:...` over its configuration, tensor headers and file sizes."""
+def base_model_identity(base: PreTrainedModel, revision: str | None = None) -> str:
+    """`commit:...` for a model of the hub at `revision`.
+
+    Else `sha256:...` over its configuration, tensor headers and file sizes.
+    """
     folder = Path(base.name_or_path)
     if not folder.is_dir():
-        cached = cached_file(base.name_or_path, "config.json", local_files_only=True)
+        cached = cached_file(base.name_or_path, "config.json", revision=revision, local_files_only=True)
         return f"commit:{extract_commit_hash(cached, None)}"
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*")):

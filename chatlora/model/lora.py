@@ -20,10 +20,11 @@ from chatlora.model.spread import num_elements
 from chatlora.model.targets import WRAPPED, adaptable_layers, find_targets
 
 
-def add_lora(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
+def add_lora(base: PreTrainedModel, lora: LoraConfig, seed: int, revision: str | None = None) -> PeftModel:
     """The base model, frozen, with an adapter in fp32 whatever the base is; the same for the same seed.
 
-    A fresh one, or `lora.init_from`'s to go on from. Raises ModelError where the model or that adapter does not fit.
+    A fresh one, or `lora.init_from`'s to go on from. revision: of the base, for adapter_config.json.
+    Raises ModelError where the model or that adapter does not fit.
     """
     targets = find_targets(base, lora.target_modules)
     if targets.parameters and lora.dropout:
@@ -43,6 +44,7 @@ def add_lora(base: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
         target_parameters=targets.parameters or None,
         rank_pattern={re.escape(name): rank for name in targets.expert_parameters},
         task_type="CAUSAL_LM",
+        revision=revision,
     )
     torch.manual_seed(seed)
     with warnings.catch_warnings():

@@ -4,7 +4,6 @@ import json
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +35,7 @@ from chatlora.model.lora import add_lora, describe_lora, trainable
 from chatlora.model.loss import TargetLoss
 from chatlora.model.serving import save_adapter, save_generation_config, served_class, why_not_served
 from chatlora.model.spread import layer_by_layer, num_elements
+from chatlora.model.template_settings import save_template_settings
 from chatlora.run_directory import RunDirectory, write_text
 from chatlora.training.card import model_card
 from chatlora.training.checkpoint import home_of, read_checkpoint, refuse_full_disk, why_broken
@@ -94,7 +93,7 @@ def set_up(config: Config, runtime: Runtime, run: RunDirectory) -> Actors:
     tokenizer, renderer, data = load_data(config, runtime, run.say)
     config = config.with_values("model", chat_template_kwargs=renderer.chat_template_kwargs)
     runtime, adapted = load_model(config, runtime, tokenizer, data, run.say)
-    identity = base_model_identity(adapted.get_base_model())
+    identity = base_model_identity(adapted.get_base_model(), config.model.revision)
     init_from = None if config.lora.init_from is None else start_from(adapted, config.lora)
     facts = environment(runtime, renderer, data, identity) | {"init_from": init_from}
     refuse_other_ranks(runtime, facts)
@@ -154,12 +153,10 @@ def load_model(
     config: Config, runtime: Runtime, tokenizer: PreTrainedTokenizerBase, data: PreparedData, say: Say
 ) -> tuple[Runtime, PeftModel]:
     """The base model with a fresh adapter, and the runtime that knows whether its batches are packed."""
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
     base = runtime.place(load_base_model(config.model, dtype=runtime.dtype))
     runtime = choose_layout(base, runtime, say)
     refuse_ids_without_row(base, tokenizer, data.largest_id)
-    adapted = add_lora(base, config.lora, config.run.seed)
+    adapted = add_lora(base, config.lora, config.run.seed, config.model.revision)
     for line in describe_lora(adapted):
         say(line)
     if config.model.gradient_checkpointing:
@@ -238,6 +235,8 @@ def export(actors: Actors, run: RunDirectory, weights: dict[str, torch.Tensor], 
     shutil.rmtree(beside, ignore_errors=True)
     save_adapter(actors.adapted, weights, beside)
     actors.tokenizer.save_pretrained(beside)
+    model = actors.config.model
+    save_template_settings(beside, actors.renderer.chat_template_kwargs, model.chat_template_date)
     base = actors.adapted.get_base_model()
     save_generation_config(base, actors.renderer.stop_ids, beside)
     card = model_card(actors.config, run.path, served_class(base).__name__, base.name_or_path)
