@@ -62,6 +62,8 @@ def load_base_model(model: ModelConfig, *, dtype: torch.dtype) -> PreTrainedMode
     if base._hf_peft_config_loaded:  # an adapter of the hub: transformers has put it on its base
         raise ModelError(_is_adapter(model.name_or_path, base.config.name_or_path))
     assert base.dtype == dtype
+    # transformers 5 keeps no record of it; under this name it is left out of what a configuration saves.
+    base.config._commit_hash = model.revision
     return base
 
 

@@ -176,7 +176,7 @@ def _is_whole(parameter: torch.Tensor) -> bool:
 def _served(base: PreTrainedModel) -> tuple[type[PreTrainedModel], transformers.PreTrainedConfig]:
     if not base.name_or_path:
         return type(base), base.config
-    revision = vars(base.config).get("_commit_hash")  # which only what came from the hub has
+    revision = vars(base.config).get("_commit_hash")  # as loading.load_base_model leaves it there
     config = AutoConfig.from_pretrained(
         base.name_or_path, revision=revision, local_files_only=True, trust_remote_code=False
     )
