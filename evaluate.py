@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from chatlora.errors import run_as_script
-from chatlora.evaluation.command_line import Request, parse
+from chatlora.evaluation.command_line import MODEL, Request, parse
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -62,9 +62,10 @@ def score_file(request: Request) -> None:
 
     assert request.predictions is not None
     predictions = read_predictions(request.predictions)
-    facts = {"predictions": str(request.predictions)}
     with told_in(request.output_dir):
-        scored, scores = score_into(request.output_dir, predictions, request.config.evaluation.style, facts)
+        scored, scores = score_into(
+            request.output_dir, predictions, request.config.evaluation.style, request.evaluated(MODEL)
+        )
     console = Console()
     show_samples(console, {"prediction": scored})
     show_scores(console, {request.predictions.stem: scores})

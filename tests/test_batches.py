@@ -118,7 +118,8 @@ def test_ten_million_rows_on_a_thousand_ranks(ten_million: np.ndarray, padded: b
         memory = grown + 3 * ten_million.nbytes  # lengths, targets and what their making took
         slowest = max(loads) / np.mean(loads) - 1
         print(
-            f"padded {padded}, {budget}: step {step} {seconds:.2f} s, slowest rank +{slowest:.2%}, {memory / 1e9:.1f} GB"
+            f"padded {padded}, {budget}: step {step} {seconds:.2f} s, "
+            f"slowest rank +{slowest:.2%}, {memory / 1e9:.1f} GB"
         )
         assert seconds < 1
         assert memory < 2e9

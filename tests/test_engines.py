@@ -6,6 +6,7 @@ asserts which engine ran, on both ranks, from the parameters themselves.
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from tests.test_launch import AUTO_JSON
 
 STEPS = 8  # the fifth has a single row: fewer rows than ranks, and a rank without a target
 GRADIENT, WEIGHTS, LOSS = 5e-6, 2e-5, 5e-6  # relative
-FLAGS = ["--lora.dropout", "0", "--optim.max_steps", str(STEPS), "--checkpoint.every_steps", "1"]
-FLAGS += ["--checkpoint.keep_last", str(STEPS)]
-UNCLIPPED = ["--optim.max_grad_norm", "inf"]  # AdamW's first moment is then a tenth of the gradient
+FLAGS = ["--lora.dropout", "0", "--optim.max_steps", str(STEPS), "--checkpoint.keep_last", str(STEPS)]
+EACH_STEP = ["--checkpoint.every_steps", "1"]
+UNCLIPPED = [*EACH_STEP, "--optim.max_grad_norm", "inf"]  # AdamW's first moment is then a tenth of the gradient
 WORKED = "from tests.engine_runs import *; start_from_a_worked_adapter(); "
 Train = Callable[..., Path]
 
@@ -88,6 +89,11 @@ def train(server: ForkServer, world: Path, tmp_path: Path) -> Train:
     return run
 
 
+def slow(values: tuple[Any, ...]) -> Any:
+    """A row of parameters for `-m slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def state(folder: Path, step: int) -> Checkpoint:
     return read_checkpoint(home_of(folder / "checkpoints", step))
 
@@ -103,10 +109,13 @@ def facts_of(folder: Path) -> Path:
 # ---- against plain PyTorch
 
 
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("budget", ["256", "700", "100000"])
-@pytest.mark.parametrize("config", [None, "multi_gpu"])
+WAYS = list(product([None, "multi_gpu"], ["256", "700", "100000"], ["packed", "padded"], ["false", "true"]))
+FIRST = [way for way in WAYS if (way[1] == "700") == (way[2] == "padded") and (way[1] == "256") == (way[3] == "false")]
+
+
+@pytest.mark.parametrize(
+    ("config", "budget", "layout", "checkpointing"), [*FIRST, *(slow(w) for w in WAYS if w not in FIRST)]
+)
 def test_plain_pytorch_over_the_whole_batch(
     train: Train,
     expected: list[dict[str, torch.Tensor]],
@@ -192,16 +201,22 @@ def assert_exported(folder: Path, world: Path, weights: dict[str, torch.Tensor],
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
 
 
+@pytest.fixture(scope="module")
+def alone_in_bf16(server: ForkServer, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    flags = [*FLAGS, "--run.precision", "bf16", "--run.output_dir", str(folder)]
+    assert server.run([str(world / "my.yaml"), *flags], world, broken=WORKED) == [0]
+    return folder
+
+
 @pytest.mark.parametrize("config", ["zero2", "zero3", "fsdp2"])
-def test_a_bf16_base_stays_bf16_and_the_adapter_fp32(train: Train, tmp_path: Path, config: str) -> None:
-    flags = ["--run.precision", "bf16"]
-    one = train(None, *FLAGS, *flags, witness=WORKED)
-    folder = train(config, *FLAGS, *flags, witness=WORKED)
+def test_a_bf16_base_stays_bf16_and_the_adapter_fp32(train: Train, alone_in_bf16: Path, config: str) -> None:
+    folder = train(config, *FLAGS, "--run.precision", "bf16", witness=WORKED)
     facts = assert_engine(ENGINES[config], facts_of(folder))
     assert facts["base"] == ["torch.bfloat16"]
     if config == "zero3":
         assert facts["base_parts"] == ["torch.bfloat16"]  # loaded spread, and not in fp32
-    pairs = zip(read_log(folder / "log.jsonl"), read_log(one / "log.jsonl"), strict=True)
+    pairs = zip(read_log(folder / "log.jsonl"), read_log(alone_in_bf16 / "log.jsonl"), strict=True)
     off = max(abs(ours["loss"] / theirs["loss"] - 1) for ours, theirs in pairs)
     print(f"{config}, bf16: loss {off:.1e}")
     assert off <= 1e-2
@@ -210,14 +225,18 @@ def test_a_bf16_base_stays_bf16_and_the_adapter_fp32(train: Train, tmp_path: Pat
 # ---- one infinite gradient
 
 
-@pytest.mark.parametrize("how", ["gradient", "loss"])
-@pytest.mark.parametrize("config", ["multi_gpu", "zero1", "zero2", "zero3", "fsdp2"])
+INFINITE = [("multi_gpu", "gradient"), ("zero2", "gradient"), ("zero3", "gradient"), ("fsdp2", "gradient")]
+INFINITE += [("zero2", "loss")]
+INFINITE_TOO = [("zero1", "gradient"), *((config, "loss") for config in ("multi_gpu", "zero1", "zero3", "fsdp2"))]
+
+
+@pytest.mark.parametrize(("config", "how"), [*INFINITE, *map(slow, INFINITE_TOO)])
 def test_an_infinite_gradient_on_one_rank_moves_nothing_on_any(
     train: Train, tmp_path: Path, config: str, how: str
 ) -> None:
     small = ["--optim.max_tokens_per_micro_batch", "100000"]  # one micro-batch a step: the third is the third step's
     planted = f"poison(1, 3, {how!r}, {str(tmp_path / 'left')!r})"
-    folder = train(config, *FLAGS, *small, witness=WORKED + planted, statuses=(1,))
+    folder = train(config, *FLAGS, *EACH_STEP, *small, witness=WORKED + planted, statuses=(1,))
     assert_engine(ENGINES[config], facts_of(folder))
     status = read_status(folder)
     assert status["state"] == "failed"
@@ -268,7 +287,7 @@ def test_tied_embeddings_train_and_save_as_under_one_process(
 # ---- from engine to engine
 
 LONG = ["--lora.dropout", "0", "--optim.schedule", "constant", "--optim.warmup_ratio", "0"]
-MOVES = [("zero3", None), (None, "multi_gpu"), ("fsdp2", "zero2"), ("zero2", "zero3"), ("multi_gpu", "fsdp2")]
+MOVES: list[tuple[str | None, str | None]] = [("zero3", None), (None, "multi_gpu"), ("fsdp2", "zero2")]
 OTHERS = [(a, b) for a in (None, *ENGINES) for b in (None, *ENGINES) if (a, b) not in MOVES]
 
 
@@ -297,16 +316,8 @@ def twelve(server: ForkServer, world: Path, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-@pytest.mark.parametrize(("first", "second"), MOVES)
+@pytest.mark.parametrize(("first", "second"), [*MOVES, *map(slow, OTHERS)])
 def test_a_run_goes_on_under_another_engine(train: Train, twelve: Path, first: str | None, second: str | None) -> None:
-    go_on(train, twelve, first, second)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("first", "second"), OTHERS)
-def test_a_run_goes_on_under_every_other_engine(
-    train: Train, twelve: Path, first: str | None, second: str | None
-) -> None:
     go_on(train, twelve, first, second)
 
 
@@ -315,7 +326,7 @@ def bits(folder: Path, step: int) -> dict[str, Any]:
     return {"adapter": found.adapter, **found.moments}
 
 
-@pytest.mark.parametrize("config", ["zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("config", ["zero3", *map(slow, [("zero2",), ("fsdp2",)])])
 def test_under_the_same_engine_a_resumed_run_is_the_same_to_the_bit(train: Train, config: str) -> None:
     flags = [*LONG, "--lora.dropout", "0.1"]
     whole = train(config, *flags, "--optim.max_steps", "8", name="whole")
@@ -329,8 +340,11 @@ def test_under_the_same_engine_a_resumed_run_is_the_same_to_the_bit(train: Train
 # ---- evaluation
 
 
-@pytest.mark.parametrize("rows", [1, 7])
-@pytest.mark.parametrize("config", ENGINES)
+ANSWERED = [("multi_gpu", 7), ("zero3", 1), ("zero3", 7), ("fsdp2", 7)]
+ANSWERED_TOO = [(config, rows) for config in ENGINES for rows in (1, 7) if (config, rows) not in ANSWERED]
+
+
+@pytest.mark.parametrize(("config", "rows"), [*ANSWERED, *map(slow, ANSWERED_TOO)])
 def test_evaluation_answers_every_sample_once_as_one_process_does(
     server: ForkServer, alone: Path, world: Path, tmp_path: Path, config: str, rows: int
 ) -> None:
@@ -359,7 +373,7 @@ def test_evaluation_answers_every_sample_once_as_one_process_does(
 # ---- settings of the user's, and patience
 
 
-@pytest.mark.parametrize("blocks", [False, True], ids=["", "with optimizer and scheduler"])
+@pytest.mark.parametrize("blocks", [True, *map(slow, [(False,)])])
 def test_a_json_full_of_auto_is_the_right_run(train: Train, alone: Path, tmp_path: Path, blocks: bool) -> None:
     settings = {name: value for name, value in AUTO_JSON.items() if blocks or name not in ("optimizer", "scheduler")}
     (tmp_path / "auto.json").write_text(json.dumps(settings))

@@ -47,6 +47,12 @@ def test_help_answers_without_heavy_imports() -> None:
         (["--model", "m"], ["--model needs --data"]),
         (["--model", "m", "--data", "f", "--compare", "base"], ["give --adapter"]),
         (["--predictions", "p", "--data", "f", "--system", "s"], ["--data has no use", "--system has no use"]),
+        (
+            ["--predictions", "p", "--split", "test", "--precision", "fp32"],
+            ["--split has no use", "--precision has no"],
+        ),
+        (["--model", "m", "--data", "{path: x"], ["--data is '{path: x', which is not valid YAML"]),
+        (["--model", "m", "--data", "{path: x, colums: {}}"], ["0.colums: Extra inputs"]),
         (["no/such/run"], ["no/such/run is not a folder"]),
         (["."], ["is no run directory"]),
     ],
@@ -73,6 +79,34 @@ def test_settings_of_the_command_line_win_over_the_runs(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: {name_or_path: m}\n")
     with pytest.raises(ChatLoraError, match=r"data\.test is not set"):
         parse([str(tmp_path)])
+
+
+def test_data_is_named_as_in_training() -> None:
+    words = ["--model", "m", "--data", "[{path: d/other.jsonl, columns: {prompt: q}}, more.jsonl]"]
+    request = parse(words)
+    assert [(source.path, source.columns) for source in request.sources] == [
+        ("d/other.jsonl", {"prompt": "q"}),
+        ("more.jsonl", {}),
+    ]
+    assert request.output_dir == Path("eval/other")
+
+
+def test_results_of_another_model_adapter_or_file_are_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "p.jsonl", [{"prediction": "a", "reference": "a"}])
+    evaluate.main(["--predictions", "p.jsonl", "--output_dir", "out"])
+    evaluate.main(["--predictions", str(tmp_path / "p.jsonl"), "--output_dir", "out"])  # the same file, once more
+    model = ["--model", "m", "--data", "d.jsonl", "--output_dir", "out"]
+    for words in (["--predictions", "q.jsonl", "--output_dir", "out"], model):
+        with pytest.raises(ConfigError, match=r"out holds results of another .*--output_dir"):
+            parse(words)
+    (tmp_path / "out/scores.json").write_text(json.dumps({"model": "m", "adapter": str(tmp_path / "a")}))
+    assert parse([*model, "--adapter", "a"]).adapter == Path("a")
+    for words in ([*model, "--adapter", "b"], model, [*model, "--adapter", "a", "--model", "n"]):
+        with pytest.raises(ConfigError, match=r"out holds results of another .*--output_dir"):
+            parse(words)
 
 
 # ---- a model and its adapter
@@ -196,7 +230,8 @@ def test_scoring_the_predictions_again_gives_the_same_scores(evaluated: Path, tm
 
 
 def test_two_processes_write_what_one_writes(world: Path, evaluated: Path, tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    launch += ["--config_file", str(ROOT / "accelerate_configs/multi_gpu.yaml")]  # it also runs without a GPU
     launch += ["--main_process_port", "0"]  # any free one: another launch may be under way on this machine
     words = [str(world / "run"), "--compare", "base", "--output_dir", str(tmp_path / "test")]
     done = subprocess.run(

@@ -38,7 +38,10 @@ def certify(
     return statuses, json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("config", [None, *(name for name in ENGINES if name != "zero3_offload")])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero3", "zero3_offload")]
+
+
+@pytest.mark.parametrize("config", [None, "multi_gpu", "zero2", "fsdp2", *SLOW])
 def test_every_way_gives_one_gradient(server: ForkServer, world: Path, tmp_path: Path, config: str | None) -> None:
     statuses, certificate = certify(server, world, tmp_path, config)
     assert set(statuses) == {0}

@@ -1,13 +1,17 @@
 """The command line of evaluate.py -> a Request, or every mistake in it at once. No torch."""
 
 import argparse
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from chatlora.config import Config, Precision, Source, Style
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from chatlora.config import Config, Precision, Source, Sources, Style
 from chatlora.config_files import config_from_file
 from chatlora.errors import ConfigError
 
@@ -49,6 +53,13 @@ class Request:
         base = {BASE: self.output_dir.with_name(self.output_dir.name + "-base")} if self.compare_base else {}
         return {**base, ADAPTER: self.output_dir}
 
+    def evaluated(self, name: str) -> dict[str, str | None]:
+        """Whose answers are in `folders[name]`, as scores.json says."""
+        if self.predictions is not None:
+            return {"predictions": str(self.predictions.absolute())}
+        adapter = None if name != ADAPTER or self.adapter is None else str(self.adapter.absolute())
+        return {"model": self.config.model.name_or_path, "adapter": adapter}
+
 
 def parse(argv: Sequence[str]) -> Request:
     """Raises ConfigError; `--help` and words that are no option leave through argparse, with exit status 0 and 2."""
@@ -56,32 +67,66 @@ def parse(argv: Sequence[str]) -> Request:
     problems = list(_conflicts(given))
     if problems:
         raise ConfigError(*problems)
+    split = given.split or "test"
     if given.predictions is not None:
         config = _with_overrides(Config(), given)
-        return Request(config, given.output_dir or Path("eval") / given.predictions.stem, given.predictions)
+        folder = given.output_dir or Path("eval") / given.predictions.stem
+        return _refuse_other_results(Request(config, folder, given.predictions))
     if given.run_dir is not None:
         config, home = _config_of_run(given.run_dir), given.run_dir / "eval"
         adapter = given.adapter or given.run_dir / "adapter"
     else:
         config, home, adapter = Config(), Path("eval"), given.adapter
     config = _with_overrides(config, given)
-    _check_rows(config, given)
-    return Request(
+    _check_rows(config, given, split)
+    request = Request(
         config,
-        given.output_dir or home / (_stem(given.data) if given.data else given.split),
+        given.output_dir or home / (_stem(config.data.test[0].path) if given.data else split),
         adapter=adapter,
-        split=given.split,
+        split=split,
         of_run=given.run_dir is not None,
         compare_base=given.compare is not None,
         max_tokens_per_batch=given.max_tokens_per_batch,
     )
+    return _refuse_other_results(request)
 
 
-def _check_rows(config: Config, given: argparse.Namespace) -> None:
+def _refuse_other_results(request: Request) -> Request:
+    """Raise ConfigError where a folder holds the results of another model, adapter or file of predictions."""
+    problems = []
+    for name, folder in request.folders.items():
+        try:
+            told = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        mine = request.evaluated(name)
+        for key in ("model", "adapter", "predictions"):
+            if not _same(told.get(key), mine.get(key)):
+                problems.append(
+                    f"{folder} holds results of another {key}: {told.get(key)} there, {mine.get(key)} here; give "
+                    "another folder with --output_dir, or remove that one"
+                )
+                break
+    if problems:
+        raise ConfigError(*problems)
+    return request
+
+
+def _same(there: str | None, here: str | None) -> bool:
+    """A path may be written in more than one way, and a run directory may have been moved."""
+    if there is None or here is None or there == here:
+        return there == here
+    old, new = Path(there), Path(here)
+    if not old.is_absolute() and not new.is_absolute():
+        return False
+    return old.resolve() == new.resolve() or (not old.exists() and old.parts[-2:] == new.parts[-2:])
+
+
+def _check_rows(config: Config, given: argparse.Namespace, split: str) -> None:
     place = f"{given.run_dir}/config.yaml"
-    if given.split == "test" and not config.data.test:
+    if split == "test" and not config.data.test:
         raise ConfigError(f"{place}: data.test is not set, so there are no test rows; give them with --data FILE")
-    if given.split == "validation" and isinstance(config.data.validation, float):
+    if split == "validation" and isinstance(config.data.validation, float):
         raise ConfigError(
             f"{place}: data.validation is a share of the training rows, which only training draws; give rows with "
             "--data FILE, or name a file in data.validation before training"
@@ -100,8 +145,8 @@ def parser() -> argparse.ArgumentParser:
     )
     words.add_argument("--model", metavar="M", help="a folder, a model of the hub, or embedded:smollm2-135m-instruct")
     words.add_argument("--adapter", type=Path, metavar="A", help="a PEFT adapter's folder [RUN_DIR/adapter]")
-    words.add_argument("--data", metavar="F", help="the rows to evaluate on [data.test of the run]")
-    words.add_argument("--split", choices=SPLITS, default="test", help="which rows of the run [test]")
+    words.add_argument("--data", metavar="F", help="the rows, as data.test takes them [data.test of the run]")
+    words.add_argument("--split", choices=SPLITS, help="which rows of the run [test]")
     words.add_argument(
         "--compare", choices=["base"], help="generate with the base model too, and show both side by side"
     )
@@ -141,15 +186,17 @@ def _conflicts(given: argparse.Namespace) -> list[str]:
         problems.append(f"one thing is evaluated at a time: RUN_DIR, --model or --predictions; {found}")
     if given.model is not None and given.data is None:
         problems.append("--model needs --data FILE: the rows to evaluate on")
-    if given.model is not None and given.split != "test":
+    if given.model is not None and given.split not in (None, "test"):
         problems.append(f"--split {given.split} belongs to a RUN_DIR; with --model the rows are those of --data")
-    if given.run_dir is not None and given.data is not None and given.split != "test":
+    if given.run_dir is not None and given.data is not None and given.split not in (None, "test"):
         problems.append(f"--split {given.split} and --data both name the rows to evaluate on: leave one of them out")
     if given.model is not None and given.adapter is None and given.compare:
         problems.append("--compare base compares an adapter with its base model: give --adapter, or leave it out")
     if given.predictions is not None:
-        unused = ("adapter", "data", "compare", "max_new_tokens", "max_prompt_length", "system", "chat_template")
-        problems += [f"--{name} has no use with --predictions: leave it out" for name in unused if getattr(given, name)]
+        unused = ["adapter", "data", "split", "compare", "max_new_tokens", "max_prompt_length", "system"]
+        unused += ["chat_template", "precision", "max_tokens_per_batch"]
+        useless = [name for name in unused if getattr(given, name) is not None]
+        problems += [f"--{name} has no use with --predictions: leave it out" for name in useless]
     return problems
 
 
@@ -180,4 +227,18 @@ def _with_overrides(config: Config, given: argparse.Namespace) -> Config:
         value = getattr(given, option)
         if value is not None:
             values[section][field] = str(value) if isinstance(value, Path) else value
+    if given.data is not None:
+        values["data"]["test"] = _rows_named(given.data)
     return Config.model_validate(values)
+
+
+def _rows_named(data: str) -> tuple[Source, ...]:
+    """`F`, `{path: F, columns: {...}}` or a list of these, as train.py's --data.test takes them."""
+    try:
+        value = yaml.safe_load(data) if data[:1] in ("[", "{") else data
+        return TypeAdapter(Sources).validate_python(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--data is {data!r}, which is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        problems = [f"--data: {'.'.join(map(str, each['loc'])) or data}: {each['msg']}" for each in error.errors()]
+        raise ConfigError(*problems) from None

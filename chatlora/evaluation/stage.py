@@ -17,7 +17,7 @@ from chatlora.data.ledger import summary_lines
 from chatlora.data.rendering import Renderer
 from chatlora.data.survey import inputs_of, survey
 from chatlora.errors import OutOfMemoryError
-from chatlora.evaluation.command_line import ADAPTER, BASE, Request
+from chatlora.evaluation.command_line import BASE, Request
 from chatlora.evaluation.console import GenerationProgress, show_samples, show_scores
 from chatlora.evaluation.earlier import inputs_of_request
 from chatlora.evaluation.generation import (
@@ -127,7 +127,6 @@ def set_up(request: Request, runtime: Runtime) -> Actors:
     say(f"{len(samples):,} prompts with {references:,} references in {len(batches):,} batches; {runtime.precision}")
     settings = greedy_settings(longest, stop_ids, pad_token_id)
     facts = {
-        "model": config.model.name_or_path,
         "data": [source.path for source in request.sources],
         "set_aside": sum(len(source["set_aside"]) for source in ledger["sources"]),
         "decoding": {"greedy": True, "max_new_tokens": longest, "stop_ids": stop_ids, "precision": runtime.precision},
@@ -183,7 +182,7 @@ def score_and_show(actors: Actors, request: Request) -> None:
     predictions, scores = {}, {}
     for name, folder in request.folders.items():
         merged = collect(folder, actors.runtime.num_processes, wanted)
-        facts = {**actors.facts, "adapter": None if name != ADAPTER else str(request.adapter)}
+        facts = request.evaluated(name) | actors.facts
         predictions[name], scores[name] = score_into(folder, merged, request.config.evaluation.style, facts)
         remove_parts(folder)
     console = Console()
