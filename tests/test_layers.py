@@ -13,9 +13,9 @@ PACKAGE = REPOSITORY / "chatlora"
 # From the ground up. A room imports from its own layer and from those below it.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "cache", "progress"}),
-    frozenset({"claim", "config", "config_files", "run_directory"}),
+    frozenset({"config", "config_files", "run_directory"}),
     frozenset({"data"}),
-    frozenset({"model"}),
+    frozenset({"claim", "model"}),
     frozenset({"chatglm3", "training", "evaluation"}),
     frozenset({"commands", "__init__", "__main__"}),
 )
