@@ -329,10 +329,11 @@ def bits(folder: Path, step: int) -> dict[str, Any]:
 @pytest.mark.parametrize("config", ["zero3", *map(slow, [("zero2",), ("fsdp2",)])])
 def test_under_the_same_engine_a_resumed_run_is_the_same_to_the_bit(train: Train, config: str) -> None:
     flags = [*LONG, "--lora.dropout", "0.1"]
-    whole = train(config, *flags, "--optim.max_steps", "8", name="whole")
-    train(config, *flags, "--optim.max_steps", "4", name="parts")
-    parts = train(config, *flags, "--optim.max_steps", "8", name="parts")
-    one, other = bits(whole, 8), bits(parts, 8)
+    whole = train(config, *flags, "--optim.max_steps", "4", name="whole")
+    train(config, *flags, "--optim.max_steps", "2", name="parts")
+    parts = train(config, *flags, "--optim.max_steps", "4", name="parts")
+    assert_engine(ENGINES[config], facts_of(parts))
+    one, other = bits(whole, 4), bits(parts, 4)
     for kind, tensors in one.items():
         assert all(torch.equal(tensor, other[kind][name]) for name, tensor in tensors.items()), kind
 
@@ -340,7 +341,7 @@ def test_under_the_same_engine_a_resumed_run_is_the_same_to_the_bit(train: Train
 # ---- evaluation
 
 
-ANSWERED = [("multi_gpu", 7), ("zero3", 1), ("zero3", 7), ("fsdp2", 7)]
+ANSWERED = [("zero3", 1), ("fsdp2", 7)]
 ANSWERED_TOO = [(config, rows) for config in ENGINES for rows in (1, 7) if (config, rows) not in ANSWERED]
 
 
@@ -373,7 +374,8 @@ def test_evaluation_answers_every_sample_once_as_one_process_does(
 # ---- settings of the user's, and patience
 
 
-@pytest.mark.parametrize("blocks", [True, *map(slow, [(False,)])])
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", [True, False])
 def test_a_json_full_of_auto_is_the_right_run(train: Train, alone: Path, tmp_path: Path, blocks: bool) -> None:
     settings = {name: value for name, value in AUTO_JSON.items() if blocks or name not in ("optimizer", "scheduler")}
     (tmp_path / "auto.json").write_text(json.dumps(settings))
