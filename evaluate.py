@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatlora.errors import run_as_script
 from chatlora.evaluation.command_line import MODEL, Request, parse
+from chatlora.training.signals import StopSignals
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -36,11 +37,12 @@ def main(argv: Sequence[str], runtime: Runtime | None = None, *, again: bool = T
         score_file(request)
         return
 
+    signals = StopSignals.installed() if runtime is None else runtime.signals  # before the seconds that imports take
     from chatlora.evaluation import stage
     from chatlora.evaluation.earlier import show_earlier_scores
     from chatlora.training import runtime as engine
 
-    runtime = runtime or engine.start(request.config)
+    runtime = runtime or engine.start(request.config, signals)
     if not again and runtime.rank_0_says(runtime.is_main and show_earlier_scores(request)):
         return
     actors = stage.set_up(request, runtime)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from chatlora.config import Config
 from chatlora.config_files import HELP, help_text, load_config
 from chatlora.errors import NonFiniteError, Stopped, run_as_script
+from chatlora.training.signals import StopSignals
 from chatlora.training.timetable import Timetable
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: not for `--help`, not for a typo in a setting
@@ -110,12 +111,13 @@ def main(argv: Sequence[str]) -> None:
     if set(HELP) & set(argv):
         print(help_text(USAGE))
         return
+    signals = StopSignals.installed()  # before the seconds that the imports take
     loaded = load_config(argv, default="demo")
 
     from chatlora.training import runtime as engine
     from chatlora.training import stage
 
-    runtime = engine.start(loaded.config)
+    runtime = engine.start(loaded.config, signals)
     config, run, finished = stage.open_run(loaded, runtime)
     if finished:
         print(f"{run.path} is finished: {run.summary()}")

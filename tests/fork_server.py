@@ -238,6 +238,8 @@ def reap(request: dict[str, Any]) -> int:
         if pid:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > end:
+            os.kill(request["wait"], signal.SIGABRT)  # faulthandler writes where it stands into the log
+            time.sleep(0.5)
             os.kill(request["wait"], signal.SIGKILL)
         time.sleep(0.002)
 

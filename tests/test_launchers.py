@@ -153,8 +153,7 @@ from tests.tiny_tokenizers import tiny_tokenizer
 
 
 def main(argv):
-    signals = StopSignals()
-    signals.install()
+    StopSignals.installed()
     row = Conversation((Message("user", "Where is Oslo?"), Message("assistant", "In Norway.")), place="rows.jsonl:1")
     work = Work(Renderer(tiny_tokenizer()), 200, "fit", "all")
     for _ in outcomes(((0, row) for _ in itertools.count()), work, 2, Effort(), print):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,29 @@ def test_a_stop_that_is_an_exception_like_others_is_caught(server: ForkServer, a
     assert server.run(argv, tmp_path, at=At("SIGTERM", RENDERS, 20), broken=ordinary, **mine) != [75]
 
 
+DROPS = """
+import os, signal, sys
+from chatlora.data.rendering import Renderer
+class Signalled:
+    def __del__(self): os.kill(os.getpid(), signal.SIGUSR1)
+render, calls = Renderer.render, []
+def rendering(*given):
+    calls.append(given)
+    if len(calls) == 20: Signalled()
+    return render(*given)
+Renderer.render = rendering
+"""
+
+
+def test_a_stop_that_python_drops_is_sent_again(server: ForkServer, argv: list[str], tmp_path: Path) -> None:
+    """A signal may arrive while Python runs somebody's `__del__`, and what is raised there goes nowhere."""
+    mine = {"environment": {"CHATLORA_CACHE": str(tmp_path / "cache")}}
+    assert server.run(argv, tmp_path, broken=DROPS, **mine) == [75]
+    assert read_status(tmp_path / "run")["message"] == "stopped on SIGUSR1"
+    deaf = "from chatlora.training.signals import StopSignals\nStopSignals._dropped = lambda *given: None"
+    assert server.run(argv, tmp_path, broken=DROPS + deaf, **mine) == [0]
+
+
 def test_a_stop_obeyed_on_the_spot_is_caught(server: ForkServer, argv: list[str], tmp_path: Path) -> None:
     """The broken variant: what was done since the last checkpoint is lost."""
     on_the_spot = (
@@ -165,9 +189,8 @@ def test_a_signal_during_generation_is_told_by_status_json(server: ForkServer, e
 
 
 def test_only_the_first_signal_interrupts() -> None:
-    before = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
-    signals = StopSignals()
-    signals.install()
+    before, hook = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}, sys.unraisablehook
+    signals = StopSignals.installed()
     try:
         with pytest.raises(Stopped, match="stopped on SIGTERM"):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -177,6 +200,7 @@ def test_only_the_first_signal_interrupts() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     finally:
+        sys.unraisablehook = hook
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from chatlora.config_files import HELP, help_text, load_config
+from chatlora.training.signals import StopSignals
 
 if TYPE_CHECKING:
     from chatlora.training.invariance import Certificate
@@ -23,13 +24,14 @@ def run(argv: Sequence[str]) -> None:
     if set(HELP) & set(argv):
         print(help_text(USAGE))
         return
+    signals = StopSignals.installed()
     loaded = load_config(argv, default="demo")
 
     from chatlora.training import invariance
     from chatlora.training import runtime as engine
 
     config = invariance.with_exact_draws(loaded.config)
-    runtime = engine.start(config)
+    runtime = engine.start(config, signals)
 
     def say(line: str) -> None:
         if runtime.is_main:

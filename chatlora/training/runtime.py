@@ -222,13 +222,11 @@ class Runtime:
         return f"{name}, {os.cpu_count()} cores, {vectors[0] if vectors else 'no vector unit known'}"
 
 
-def start(config: Config) -> Runtime:
+def start(config: Config, signals: StopSignals) -> Runtime:
     """The Runtime for whatever launched this process: python, torchrun or accelerate launch, on GPU or CPU.
 
     Raises LaunchError, before anything is loaded, where the launch is not what was meant or contradicts the settings.
     """
-    signals = StopSignals()
-    signals.install()
     facts = facts_of(config)
     _refuse(check_launch(facts))
     if facts.deepspeed is not None and not is_installed("deepspeed"):

@@ -1,22 +1,26 @@
 """SIGTERM, SIGINT and SIGUSR1 ask a run to stop; nothing finished is lost.
 
 Inside the loop the request is noted, and all ranks act on it at the same step. Elsewhere (data building, loading,
-generation) nothing half done is worth keeping: Stopped is raised where the signal arrives.
+generation) nothing half done is worth keeping: Stopped is raised where the signal arrives; and once more where Python
+dropped it, as it drops whatever is raised within `__del__` or a weakref's callback.
 """
 
 import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Self
 
 from chatlora.errors import Stopped
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch, by torchrun
 PR_SET_PDEATHSIG = 1  # prctl(2)
+AGAIN = 0.01  # seconds after which a stop that was dropped is sent again
 
 
 class StopSignals:
@@ -25,14 +29,20 @@ class StopSignals:
     def __init__(self) -> None:
         self.requested = False
         self.noted_only = False
+        self.name = ""  # of the first signal
 
-    def install(self) -> None:
+    @classmethod
+    def installed(cls) -> Self:
+        """From here on this process stops when it is told to; first thing in `main`."""
+        signals = cls()
+        sys.unraisablehook = signals._dropped
         for name in SIGNALS:
             if hasattr(signal, name):  # Windows has no SIGUSR1
-                signal.signal(getattr(signal, name), self._arrived)
+                signal.signal(getattr(signal, name), signals._arrived)
         if sys.platform == "linux" and any(name in os.environ for name in LAUNCHED):
             # `accelerate launch` with one process does not pass SIGTERM on, but dies of it.
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        return signals
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -52,7 +62,15 @@ class StopSignals:
         if self.requested:  # launchers repeat themselves; what the first signal began is not to be interrupted
             return
         self.requested = True
-        name = signal.Signals(number).name
+        self.name = self.name or signal.Signals(number).name
         if not self.noted_only:
-            raise Stopped(f"stopped on {name}")
-        print(f"\n{name}: stopping after this step", file=sys.stderr, flush=True)
+            raise Stopped(f"stopped on {self.name}")
+        print(f"\n{self.name}: stopping after this step", file=sys.stderr, flush=True)
+
+    def _dropped(self, dropped: sys.UnraisableHookArgs) -> None:
+        if not isinstance(dropped.exc_value, Stopped):
+            sys.__unraisablehook__(dropped)
+            return
+        self.requested = False
+        # By another thread and a little later: what is raised within this hook is dropped as well.
+        threading.Timer(AGAIN, signal.raise_signal, [signal.SIGTERM]).start()
