@@ -74,11 +74,15 @@ def argv(world: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def whole(server: ForkServer, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Any]:
-    """`whole(2)`: the run of `argv` under two processes that nobody disturbed."""
+def whole(server: ForkServer, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`whole(2)`: the run of `argv` under two processes that nobody disturbed; `whole(2, "zero2")`: under DeepSpeed."""
     from tests.runs import undisturbed
 
-    return cache(lambda ranks: undisturbed(server, world, tmp_path_factory.mktemp(f"whole-{ranks}"), ranks))
+    @cache
+    def run_once(ranks: int, config: str | None = None) -> Any:
+        return undisturbed(server, world, tmp_path_factory.mktemp(f"whole-{config}-{ranks}"), ranks, config)
+
+    return run_once
 
 
 @pytest.fixture(scope="session")

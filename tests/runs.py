@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import pytest
 
 from chatlora.run_directory import LOG, VALIDATION, read_log, read_status
 from chatlora.training.checkpoint import Checkpoint, newest_checkpoint, published, step_of
+from tests.engine_runs import ENGINES, environment_of
 from tests.fork_server import At, ForkServer
 
 STEPS = 10
@@ -58,16 +59,23 @@ class Whole(NamedTuple):
     seconds: float
 
 
-def undisturbed(server: ForkServer, world: Path, folder: Path, ranks: int) -> Whole:
-    argv = [str(world / "my.yaml"), *FLAGS]
-    server.run(argv, folder, ranks=ranks)  # the first one renders the data
+def undisturbed(server: ForkServer, world: Path, folder: Path, ranks: int, config: str | None = None) -> Whole:
+    """config: a file of accelerate_configs/."""
+    argv, under = [str(world / "my.yaml"), *FLAGS], variables(config)
+    server.run(argv, folder, ranks=ranks, environment=under)  # the first one renders the data
     shutil.rmtree(folder / "run")
     began = time.monotonic()
-    assert server.run(argv, folder, ranks=ranks) == [0] * ranks
+    assert server.run(argv, folder, ranks=ranks, environment=under) == [0] * ranks
     whole = Whole(outcome(folder / "run"), time.monotonic() - began)
     assert [line["step"] for line in whole.outcome[LOG]] == list(range(1, STEPS + 1))
-    assert json.loads((folder / "run" / "environment.json").read_text())["num_processes"] == ranks
+    environment = json.loads((folder / "run" / "environment.json").read_text())
+    assert environment["num_processes"] == ranks
+    assert config is None or environment["engine"] == ENGINES[config]
     return whole
+
+
+def variables(config: str | None) -> Mapping[str, str]:
+    return {} if config is None else environment_of(config)
 
 
 def killed_in_step_8(server: ForkServer, world: Path, folder: Path) -> Path:

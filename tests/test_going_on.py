@@ -85,7 +85,7 @@ def test_never_refuses_a_directory_with_checkpoints(run: Run) -> None:
 
 
 def test_a_run_begins_at_the_checkpoint_of_another_and_goes_on_with_its_own(
-    server: ForkServer, argv: list[str], whole: Callable[[int], Whole], killed: Path, tmp_path: Path
+    server: ForkServer, argv: list[str], whole: Callable[..., Whole], killed: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(killed, tmp_path / "run")
     argv[-1] = "fork"
@@ -114,7 +114,7 @@ def test_a_checkpoint_is_refused_where_it_cannot_be_gone_on_from(run: Run) -> No
 
 
 def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used(
-    server: ForkServer, argv: list[str], whole: Callable[[int], Whole], killed: Path, tmp_path: Path
+    server: ForkServer, argv: list[str], whole: Callable[..., Whole], killed: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(killed, tmp_path / "run")
     newest_home = published(tmp_path / "run" / "checkpoints")[-1]
@@ -166,7 +166,7 @@ Runtime.clip_gradients = limited
     ],
 )
 def test_a_full_disk_stops_the_run_with_its_checkpoints_whole(
-    server: ForkServer, argv: list[str], whole: Callable[[int], Whole], tmp_path: Path, step: int, limit: str, told: str
+    server: ForkServer, argv: list[str], whole: Callable[..., Whole], tmp_path: Path, step: int, limit: str, told: str
 ) -> None:
     """40,000 bytes hold an adapter, but not its moments."""
     assert server.run(argv, tmp_path, broken=LIMITED.format(step=step, limit=limit)) == [1]

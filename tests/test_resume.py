@@ -7,7 +7,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ import pytest
 from chatlora.run_directory import LOG, read_log, read_status
 from chatlora.training.checkpoint import published, step_of
 from tests.fork_server import At, ForkServer
-from tests.runs import SEED_DRAWS, STEP, STEPS, WRITE, Whole, differences, newest
+from tests.runs import SEED_DRAWS, STEP, STEPS, WRITE, Whole, differences, newest, variables
 
 
 def reached(folder: Path) -> str:
@@ -33,8 +33,10 @@ def reached(folder: Path) -> str:
     return "after a checkpoint" if saved else "before the first checkpoint"
 
 
-def kill_at_random(server: ForkServer, argv: list[str], folder: Path, ranks: int, moment: float) -> str:
-    pids = server.start(argv, folder, ranks=ranks)
+def kill_at_random(
+    server: ForkServer, argv: list[str], folder: Path, ranks: int, under: Mapping[str, str], moment: float
+) -> str:
+    pids = server.start(argv, folder, ranks=ranks, environment=under)
     time.sleep(moment)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
@@ -43,18 +45,26 @@ def kill_at_random(server: ForkServer, argv: list[str], folder: Path, ranks: int
 
 
 def random_kills(
-    server: ForkServer, argv: list[str], folder: Path, whole: Whole, *, runs: int, ranks: int, seed: int
+    server: ForkServer,
+    argv: list[str],
+    folder: Path,
+    whole: Whole,
+    *,
+    runs: int,
+    ranks: int,
+    seed: int,
+    config: str | None = None,
 ) -> Counter[str]:
     """Runs that are killed one to three times each and then left to end. Where the kills fell."""
-    draws, fell = random.Random(seed), Counter[str]()
+    draws, fell, under = random.Random(seed), Counter[str](), variables(config)
     for number in range(runs):
         here = folder / str(number)
         here.mkdir()
         for _ in range(draws.choice([1, 1, 2, 3])):
-            fell[kill_at_random(server, argv, here, ranks, draws.uniform(0, 1.1 * whole.seconds))] += 1
+            fell[kill_at_random(server, argv, here, ranks, under, draws.uniform(0, 1.1 * whole.seconds))] += 1
             if (here / "run" / "checkpoints").exists() and published(here / "run" / "checkpoints"):
                 newest(here / "run")  # at least one good one, from the first on
-        assert server.run(argv, here, ranks=ranks) == [0] * ranks
+        assert server.run(argv, here, ranks=ranks, environment=under) == [0] * ranks
         assert differences(here / "run", whole.outcome) == []
         shutil.rmtree(here)
     return fell
@@ -62,7 +72,7 @@ def random_kills(
 
 @pytest.mark.parametrize(("ranks", "runs"), [(1, 4), (2, 1)])
 def test_killed_at_random_moments_a_run_ends_the_same(
-    server: ForkServer, argv: list[str], whole: Callable[[int], Whole], tmp_path: Path, ranks: int, runs: int
+    server: ForkServer, argv: list[str], whole: Callable[..., Whole], tmp_path: Path, ranks: int, runs: int
 ) -> None:
     random_kills(server, argv, tmp_path, whole(ranks), runs=runs, ranks=ranks, seed=ranks)
 
@@ -71,10 +81,20 @@ def test_killed_at_random_moments_a_run_ends_the_same(
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("ranks", "runs"), [(1, 300), (2, 30)])
 def test_killed_at_random_moments_three_hundred_runs_end_the_same(
-    server: ForkServer, argv: list[str], whole: Callable[[int], Whole], tmp_path: Path, ranks: int, runs: int
+    server: ForkServer, argv: list[str], whole: Callable[..., Whole], tmp_path: Path, ranks: int, runs: int
 ) -> None:
     fell = random_kills(server, argv, tmp_path, whole(ranks), runs=runs, ranks=ranks, seed=100 + ranks)
     print(f"\n{runs} runs of {ranks} process(es), {fell.total()} kills: {dict(fell)}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("config", ["zero2", "zero3", "fsdp2"])
+def test_killed_at_random_moments_under_every_engine_a_run_ends_the_same(
+    server: ForkServer, argv: list[str], whole: Callable[..., Whole], tmp_path: Path, config: str
+) -> None:
+    fell = random_kills(server, argv, tmp_path, whole(2, config), runs=10, ranks=2, seed=200, config=config)
+    print(f"\n10 runs under {config}, {fell.total()} kills: {dict(fell)}")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +108,7 @@ def test_killed_at_random_moments_three_hundred_runs_end_the_same(
     ],
 )
 def test_killed_at_a_chosen_moment_a_run_ends_the_same(
-    server: ForkServer, argv: list[str], whole: Callable[[int], Whole], tmp_path: Path, place: str, call: int
+    server: ForkServer, argv: list[str], whole: Callable[..., Whole], tmp_path: Path, place: str, call: int
 ) -> None:
     assert server.run(argv, tmp_path, at=At("SIGKILL", place, call)) == [-signal.SIGKILL]
     assert read_status(tmp_path / "run")["state"] == "running"
@@ -97,7 +117,7 @@ def test_killed_at_a_chosen_moment_a_run_ends_the_same(
 
 
 def test_where_one_process_of_two_is_killed_the_other_ends_and_both_go_on(
-    server: ForkServer, argv: list[str], whole: Callable[[int], Whole], tmp_path: Path
+    server: ForkServer, argv: list[str], whole: Callable[..., Whole], tmp_path: Path
 ) -> None:
     began = time.monotonic()
     statuses = server.run(argv, tmp_path, ranks=2, at=At("SIGKILL", STEP, 6, rank=1))
@@ -136,7 +156,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys())
 def test_broken_resumes_are_caught(
-    server: ForkServer, argv: list[str], whole: Callable[[int], Whole], killed: Path, tmp_path: Path, broken: str
+    server: ForkServer, argv: list[str], whole: Callable[..., Whole], killed: Path, tmp_path: Path, broken: str
 ) -> None:
     rooms = "from chatlora import run_directory\nfrom chatlora.training import state\n"
     rooms += "from chatlora.training.runtime import Runtime\n"
