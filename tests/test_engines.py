@@ -419,3 +419,27 @@ stage.prepare_training_data = elsewhere
 def test_a_machine_with_other_rows_is_refused(train: Train, server: ForkServer) -> None:
     train("multi_gpu", "--optim.max_steps", "1", witness=OTHER_ROWS, statuses=(1, 2))
     assert "the contents of data.train or data.validation is not what rank 0 has" in server.log.read_text()
+
+
+@pytest.mark.parametrize("config", ["zero3", "fsdp2"])
+def test_experts_train_under_fsdp2_and_are_refused_in_a_sentence_under_zero3(
+    train: Train, world: Path, tmp_path: Path, server: ForkServer, config: str
+) -> None:
+    from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=len(tokenizer), **shape, **experts)).save_pretrained(
+        tmp_path / "model"
+    )
+    flags = [*FLAGS, "--model.name_or_path", str(tmp_path / "model"), "--optim.max_steps", "2"]
+    if config == "zero3":
+        folder = train(config, *flags, statuses=(2,))
+        assert "accelerate_configs/fsdp2.yaml" in read_status(folder)["message"]
+        return
+    one, folder = train(None, *flags), train(config, *flags)
+    assert_engine("fsdp2", facts_of(folder))
+    assert distance(state(folder, 2).adapter, state(one, 2).adapter) <= WEIGHTS

@@ -35,7 +35,7 @@ from chatlora.evaluation.generation import (
 from chatlora.evaluation.scoring import score_into, told_in
 from chatlora.evaluation.shares import collect, hand_over, open_parts, remove_parts, share
 from chatlora.model.loading import find_adapter, load_adapter, load_base_model, load_tokenizer, renderer_for
-from chatlora.model.spread import layer_by_layer
+from chatlora.model.spread import layer_by_layer, refuse_stacked_experts
 from chatlora.model.template_settings import as_adapter_was_trained
 from chatlora.training.runtime import Runtime
 
@@ -105,6 +105,7 @@ def set_up(request: Request, runtime: Runtime) -> Actors:
     model: Model = runtime.place(load_base_model(config.model, dtype=runtime.dtype)).eval()
     if adapter is not None:
         model = load_adapter(model, adapter)
+        refuse_stacked_experts(model)
     fitting = batch_budget(model, runtime.device)
     model = runtime.for_generation(model)
 

@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.lora import ParamWrapper
 from torch import nn
+
+from chatlora.errors import LaunchError
 
 
 def is_spread(parameter: torch.Tensor) -> bool:
@@ -25,6 +28,17 @@ def full_shape(parameter: torch.Tensor) -> torch.Size:
 def num_elements(parameter: torch.Tensor) -> int:
     """Of the whole parameter, over all processes."""
     return full_shape(parameter).numel()
+
+
+def refuse_stacked_experts(adapted: nn.Module) -> None:
+    """Raise LaunchError where a spread model has adapters on stacked experts: PEFT reads those past DeepSpeed."""
+    wrapped = [module for module in adapted.modules() if isinstance(module, ParamWrapper)]
+    if any(is_spread(module.get_param()) for module in wrapped):
+        names = ", ".join(sorted({module.parameter_name for module in wrapped}))
+        raise LaunchError(
+            f"the adapter reaches stacked experts ({names}), which DeepSpeed's stage 3 cannot spread under PEFT: use "
+            f"accelerate_configs/fsdp2.yaml, or leave them out of lora.target_modules"
+        )
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from chatlora.model.loading import load_base_model, load_tokenizer, refuse_ids_w
 from chatlora.model.lora import add_lora, describe_lora, trainable
 from chatlora.model.loss import TargetLoss
 from chatlora.model.serving import save_adapter, save_generation_config, served_class, why_not_served
-from chatlora.model.spread import layer_by_layer, num_elements
+from chatlora.model.spread import layer_by_layer, num_elements, refuse_stacked_experts
 from chatlora.model.template_settings import save_template_settings
 from chatlora.run_directory import RunDirectory, write_text
 from chatlora.training.card import model_card
@@ -157,6 +157,7 @@ def load_model(
     runtime = choose_layout(base, runtime, say)
     refuse_ids_without_row(base, tokenizer, data.largest_id)
     adapted = add_lora(base, config.lora, config.run.seed, config.model.revision)
+    refuse_stacked_experts(adapted)
     for line in describe_lora(adapted):
         say(line)
     if config.model.gradient_checkpointing:
