@@ -67,7 +67,7 @@ class StopSignals:
             raise Stopped(f"stopped on {self.name}")
         print(f"\n{self.name}: stopping after this step", file=sys.stderr, flush=True)
 
-    def _dropped(self, dropped: sys.UnraisableHookArgs) -> None:
+    def _dropped(self, dropped: "sys.UnraisableHookArgs") -> None:
         if not isinstance(dropped.exc_value, Stopped):
             sys.__unraisablehook__(dropped)
             return
