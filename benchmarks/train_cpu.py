@@ -26,13 +26,13 @@ BATCH, TRAINER_BATCH, WARM_UP = 16, 8, 1
 MODEL = "embedded:smollm2-135m-instruct"
 
 
-def config_for(data: str, precision: str, chat_template: str | None = None) -> Any:
+def config_for(data: str, precision: str, chat_template: str | None = None, max_length: int = 512) -> Any:
     from chatlora.config import Config
 
     return Config.model_validate(
         {
             "model": {"name_or_path": MODEL, "chat_template": chat_template},
-            "data": {"train": data, "validation": 0, "max_length": 1024},
+            "data": {"train": data, "validation": 0, "max_length": max_length},
             "optim": {"global_batch_size": BATCH, "learning_rate": 2e-4, "schedule": "constant", "warmup_ratio": 0},
             "run": {"precision": precision},
         }
@@ -144,11 +144,12 @@ def trainer(config: Any, steps: int) -> Iterator[tuple[int, float, float]]:
 CONTENDERS = {"chatlora": chatlora, "Trainer": trainer}
 
 
-def measure(name: str, precision: str, data: str, chat_template: str | None, steps: int) -> None:
+def measure(name: str, precision: str, arguments: argparse.Namespace) -> None:
     """One process's work: steps as JSON on the last line of standard output, with the peak memory."""
     import resource
 
-    found = list(CONTENDERS[name](config_for(data, precision, chat_template), steps + WARM_UP))
+    config = config_for(arguments.data, precision, arguments.chat_template, arguments.max_length)
+    found = list(CONTENDERS[name](config, arguments.steps + WARM_UP))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({"steps": found, "peak_gib": peak}))
 
@@ -159,13 +160,19 @@ def main() -> None:
         "--data", default="embedded:demo/train.jsonl", help="training rows, in any form that train.py takes"
     )
     parser.add_argument("--chat_template", help="a Jinja file, for rows that the model's own template cannot render")
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        default=512,
+        help="tokens; whole turns are kept (at 1,024 the Trainer outgrows 24 GB)",
+    )
     parser.add_argument("--steps", type=int, default=5, help="timed steps of one measurement")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of each contender")
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], help="default: what this CPU multiplies")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        measure(*arguments.measure, arguments.data, arguments.chat_template, arguments.steps)
+        measure(*arguments.measure, arguments)
         return
 
     import torch
@@ -194,7 +201,7 @@ def main() -> None:
 
 def in_a_process(name: str, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--measure", name, precision]
-    command += ["--data", arguments.data, "--steps", str(arguments.steps)]
+    command += ["--data", arguments.data, "--steps", str(arguments.steps), "--max_length", str(arguments.max_length)]
     if arguments.chat_template:
         command += ["--chat_template", arguments.chat_template]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
