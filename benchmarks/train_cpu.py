@@ -26,7 +26,7 @@ BATCH, TRAINER_BATCH, WARM_UP = 16, 8, 1
 MODEL = "embedded:smollm2-135m-instruct"
 
 
-def config_for(data: str, precision: str, chat_template: str | None = None, max_length: int = 512) -> Any:
+def config_for(data: str, precision: str, chat_template: str | None, max_length: int) -> Any:
     from chatlora.config import Config
 
     return Config.model_validate(

@@ -5,14 +5,13 @@ A witness is a line of Python for the fork server's `broken`: `from tests.engine
 
 import json
 import os
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.fork_server import At, arm  # noqa: F401  for `import *`
+from tests.fork_server import At, arm, on_entry  # noqa: F401  for `import *`
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENGINES = {  # the configuration file -> the engine that must run
@@ -26,8 +25,10 @@ ENGINES = {  # the configuration file -> the engine that must run
 
 
 @cache
-def environment_of(config: str, *more: str) -> dict[str, str]:
-    """What accelerate's own launcher puts into the environment for a file of accelerate_configs/."""
+def environment_of(config: str | None, *more: str) -> dict[str, str]:
+    """What accelerate's own launcher puts into the environment for a file of accelerate_configs/; None: no launcher."""
+    if config is None:
+        return {}
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
@@ -187,24 +188,14 @@ def poison(rank: int, call: int, how: str, path: str) -> None:
     NonFiniteError.at = stopping
 
 
-def fail(rank: int, place: str, call: int, how: Callable[[], None] | None = None) -> None:
+def fail(rank: int, place: str, call: int) -> None:
     """Rank `rank` raises on entering `place` ("module:Class.function") for the `call`-th time."""
-    import functools
-    import importlib
 
-    module, _, path = place.partition(":")
-    *owners, name = path.split(".")
-    owner = functools.reduce(getattr, owners, importlib.import_module(module))
-    entered, calls = getattr(owner, name), []
+    def raising() -> None:
+        raise RuntimeError(f"planted in {place}")
 
-    @functools.wraps(entered)
-    def failing(*given: Any, **named: Any) -> Any:
-        calls.append(None)
-        if len(calls) == call and os.environ.get("RANK") == str(rank):
-            raise RuntimeError(f"planted in {place}")
-        return entered(*given, **named)
-
-    setattr(owner, name, failing)
+    if os.environ.get("RANK") == str(rank):
+        on_entry(place, call, raising)
 
 
 def note_generation(path: str) -> None:

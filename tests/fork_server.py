@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -194,22 +194,27 @@ def play(request: dict[str, Any]) -> int:
 
 def arm(at: At) -> None:
     """The real function, entered by a process that signals itself first."""
+    on_entry(at.place, at.call, lambda: os.kill(os.getpid(), getattr(signal, at.signal)))
+
+
+def on_entry(place: str, call: int, act: Callable[[], object]) -> None:
+    """`act` comes before the `call`-th call of `place` ("module:Class.function") in this process."""
     import functools
     import importlib
 
-    module, _, path = at.place.partition(":")
+    module, _, path = place.partition(":")
     *owners, name = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
     entered, calls = getattr(owner, name), []
 
     @functools.wraps(entered)
-    def signalled(*arguments: Any, **options: Any) -> Any:
+    def entering(*arguments: Any, **options: Any) -> Any:
         calls.append(None)
-        if len(calls) == at.call:
-            os.kill(os.getpid(), getattr(signal, at.signal))
+        if len(calls) == call:
+            act()
         return entered(*arguments, **options)
 
-    setattr(owner, name, signalled)
+    setattr(owner, name, entering)
 
 
 def note_examples(path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +61,7 @@ class Whole(NamedTuple):
 
 def undisturbed(server: ForkServer, world: Path, folder: Path, ranks: int, config: str | None = None) -> Whole:
     """config: a file of accelerate_configs/."""
-    argv, under = [str(world / "my.yaml"), *FLAGS], variables(config)
+    argv, under = [str(world / "my.yaml"), *FLAGS], environment_of(config)
     server.run(argv, folder, ranks=ranks, environment=under)  # the first one renders the data
     shutil.rmtree(folder / "run")
     began = time.monotonic()
@@ -72,10 +72,6 @@ def undisturbed(server: ForkServer, world: Path, folder: Path, ranks: int, confi
     assert environment["num_processes"] == ranks
     assert config is None or environment["engine"] == ENGINES[config]
     return whole
-
-
-def variables(config: str | None) -> Mapping[str, str]:
-    return {} if config is None else environment_of(config)
 
 
 def killed_in_step_8(server: ForkServer, world: Path, folder: Path) -> Path:

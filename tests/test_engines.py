@@ -74,7 +74,7 @@ def train(server: ForkServer, world: Path, tmp_path: Path) -> Train:
     ) -> Path:
         folder = tmp_path / (name or config or "single")
         ranks = 1 if config is None else 2
-        variables = {} if config is None else {**environment_of(config), **(environment or {})}
+        variables = {**environment_of(config), **(environment or {})}
         noting = f"from tests.engine_runs import *; note_engine({str(folder) + '-facts'!r}); "
         found = server.run(
             [str(world / "my.yaml"), "--run.output_dir", str(folder), *flags],

@@ -31,7 +31,7 @@ def certify(
         folder,
         script="tests.invariance_script",
         ranks=1 if config is None else 2,
-        environment={} if config is None else environment_of(config),
+        environment=environment_of(config),
         broken=NOTING.format(path=str(path)) + broken,
     )
     assert path.is_file(), server.log.read_text()[-4000:]

@@ -14,8 +14,9 @@ import pytest
 
 from chatlora.run_directory import LOG, read_log, read_status
 from chatlora.training.checkpoint import published, step_of
+from tests.engine_runs import environment_of
 from tests.fork_server import At, ForkServer
-from tests.runs import SEED_DRAWS, STEP, STEPS, WRITE, Whole, differences, newest, variables
+from tests.runs import SEED_DRAWS, STEP, STEPS, WRITE, Whole, differences, newest
 
 
 def reached(folder: Path) -> str:
@@ -56,7 +57,7 @@ def random_kills(
     config: str | None = None,
 ) -> Counter[str]:
     """Runs that are killed one to three times each and then left to end. Where the kills fell."""
-    draws, fell, under = random.Random(seed), Counter[str](), variables(config)
+    draws, fell, under = random.Random(seed), Counter[str](), environment_of(config)
     for number in range(runs):
         here = folder / str(number)
         here.mkdir()

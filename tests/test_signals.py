@@ -118,17 +118,12 @@ def test_a_stop_that_is_an_exception_like_others_is_caught(server: ForkServer, a
     assert server.run(argv, tmp_path, at=At("SIGTERM", RENDERS, 20), broken=ordinary, **mine) != [75]
 
 
-DROPS = """
-import os, signal, sys
-from chatlora.data.rendering import Renderer
+DROPS = f"""
+import os, signal
+from tests.fork_server import on_entry
 class Signalled:
     def __del__(self): os.kill(os.getpid(), signal.SIGUSR1)
-render, calls = Renderer.render, []
-def rendering(*given, **more):
-    calls.append(given)
-    if len(calls) == 20: Signalled()
-    return render(*given, **more)
-Renderer.render = rendering
+on_entry({BUILDS!r}, 20, Signalled)
 """
 
 
