@@ -161,7 +161,7 @@ def run_as_script(main: Callable[[Sequence[str]], None]) -> None:
 
     0 done, 2 the user's mistake (one block on standard error, no traceback), 75 stopped, 1 anything else.
     """
-    faulthandler.enable()  # where native code crashes, the line that called it is told
+    faulthandler.enable(2)  # where native code crashes, the line that called it is told
     try:
         main(sys.argv[1:])
     except ChatLoraError as error:
