@@ -7,7 +7,7 @@ embedded SmolLM2-135M. Each measurement is a process of its own; the contenders 
 noisy for both. Tokens are real ones: padding does not count. Read the ratios, not the absolute figures.
 
 The Trainer runs with good settings, not its defaults: no gradient checkpointing, fused AdamW, padding to the longest
-of a batch of 8, and in bf16 autocast over an fp32 base (a bf16 base with padded masks is slower still on a CPU).
+of a batch, and in bf16 autocast over an fp32 base (a bf16 base with padded masks is slower still on a CPU).
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-BATCH, TRAINER_BATCH, WARM_UP = 16, 8, 1
+BATCH, WARM_UP = 16, 1
 MODEL = "embedded:smollm2-135m-instruct"
 
 
@@ -55,7 +55,7 @@ def rendered(config: Any) -> Any:
     ).train
 
 
-def chatlora(config: Any, steps: int) -> Iterator[tuple[int, float, float]]:
+def chatlora(config: Any, steps: int, rows_at_a_time: int) -> Iterator[tuple[int, float, float]]:
     """(tokens, seconds, loss) of each step of train.py itself, from its log."""
     import tempfile
 
@@ -71,7 +71,7 @@ def chatlora(config: Any, steps: int) -> Iterator[tuple[int, float, float]]:
             yield line["num_tokens"], line["seconds"], line["loss"]
 
 
-def trainer(config: Any, steps: int) -> Iterator[tuple[int, float, float]]:
+def trainer(config: Any, steps: int, rows_at_a_time: int) -> Iterator[tuple[int, float, float]]:
     """(tokens, seconds, loss) of each step of transformers' Trainer on the same examples in the same steps."""
     import tempfile
 
@@ -116,8 +116,8 @@ def trainer(config: Any, steps: int) -> Iterator[tuple[int, float, float]]:
             folder,
             use_cpu=True,
             bf16=config.run.precision == "bf16",
-            per_device_train_batch_size=TRAINER_BATCH,
-            gradient_accumulation_steps=BATCH // TRAINER_BATCH,
+            per_device_train_batch_size=rows_at_a_time,
+            gradient_accumulation_steps=BATCH // rows_at_a_time,
             max_steps=steps,
             learning_rate=2e-4,
             lr_scheduler_type="constant",
@@ -149,7 +149,7 @@ def measure(name: str, precision: str, arguments: argparse.Namespace) -> None:
     import resource
 
     config = config_for(arguments.data, precision, arguments.chat_template, arguments.max_length)
-    found = list(CONTENDERS[name](config, arguments.steps + WARM_UP))
+    found = list(CONTENDERS[name](config, arguments.steps + WARM_UP, arguments.trainer_batch))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({"steps": found, "peak_gib": peak}))
 
@@ -160,11 +160,13 @@ def main() -> None:
         "--data", default="embedded:demo/train.jsonl", help="training rows, in any form that train.py takes"
     )
     parser.add_argument("--chat_template", help="a Jinja file, for rows that the model's own template cannot render")
+    parser.add_argument("--max_length", type=int, default=512, help="tokens; whole turns are kept")
     parser.add_argument(
-        "--max_length",
+        "--trainer_batch",
         type=int,
-        default=512,
-        help="tokens; whole turns are kept (at 1,024 the Trainer outgrows 24 GB)",
+        default=8,
+        choices=[1, 2, 4, 8, 16],
+        help="rows that the Trainer takes at a time; 4 where rows reach 1,024 tokens, or it outgrows 24 GB",
     )
     parser.add_argument("--steps", type=int, default=5, help="timed steps of one measurement")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of each contender")
@@ -201,7 +203,8 @@ def main() -> None:
 
 def in_a_process(name: str, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--measure", name, precision]
-    command += ["--data", arguments.data, "--steps", str(arguments.steps), "--max_length", str(arguments.max_length)]
+    for option in ("data", "steps", "max_length", "trainer_batch"):
+        command += [f"--{option}", str(getattr(arguments, option))]
     if arguments.chat_template:
         command += ["--chat_template", arguments.chat_template]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

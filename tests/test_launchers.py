@@ -118,14 +118,15 @@ def test_a_run_that_a_shell_started_outlives_its_shell(world: Path, argv: list[s
         (None, 0, False, 1),
     ],
 )
-def test_the_slurm_script_of_the_docs_queues_again_what_was_stopped(
-    tmp_path: Path, state: str | None, restarts: int, requeued: bool, status: int
+@pytest.mark.parametrize("page", ["reliability.md", "multi-node.md"])
+def test_the_slurm_scripts_of_the_docs_queue_again_what_was_stopped(
+    page: str, tmp_path: Path, state: str | None, restarts: int, requeued: bool, status: int
 ) -> None:
-    _, _, text = (REPOSITORY / "docs" / "reliability.md").read_text(encoding="utf-8").partition("<!-- slurm -->")
+    _, _, text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8").partition("<!-- slurm -->")
     (tmp_path / "job.sh").write_text(text.split("```bash\n")[1].split("```")[0])
     (tmp_path / "runs" / "my").mkdir(parents=True)
     told = "true" if state is None else f'echo \'{{"state": "{state}"}}\' > runs/my/status.json; exit 1'
-    for name, body in (("srun", told), ("scontrol", 'echo "$@" > requeued')):
+    for name, body in (("srun", told), ("scontrol", '[ $1 = show ] && echo here || echo "$@" > requeued')):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from chatlora.data.examples import IGNORE_INDEX
 from chatlora.model.attention import PACKED
+from chatlora.model.lean_lora import make_lean
 
 CHUNK = 256  # target rows whose logits exist at a time
 
@@ -53,16 +54,22 @@ class SummedCrossEntropy(torch.autograd.Function):
         """hidden [N, E], weight [V, E], targets [N] -> scalar in nats, fp32."""
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # Two buffers for all chunks: fresh ones, tens of MB each, cost a CPU more in page faults than the sums in them.
+        products = hidden.new_empty(min(CHUNK, len(targets)), len(weight))
+        exact = products if products.dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
         for start in range(0, len(targets), CHUNK):
             rows = slice(start, start + CHUNK)
             wanted = targets[rows, None]
-            logits = functional.linear(hidden[rows], weight).float()
-            normaliser = logits.logsumexp(1, keepdim=True)
-            total += (normaliser - logits.gather(1, wanted)).sum()
+            logits = products[: len(wanted)]
+            softmax = logits if exact is products else exact[: len(wanted)]  # copying a tensor onto itself is free
+            torch.mm(hidden[rows], weight.T, out=logits)
+            softmax.copy_(logits)
+            of_targets, largest = softmax.gather(1, wanted), softmax.amax(1, keepdim=True)
+            summed = softmax.sub_(largest).exp_().sum(1, keepdim=True)
+            total += (summed.log() + largest - of_targets).sum()
             if gradient is not None:
-                softmax = logits.sub_(normaliser).exp_()
-                softmax.scatter_add_(1, wanted, torch.full_like(normaliser, -1.0))
-                gradient[rows] = softmax.to(weight.dtype) @ weight
+                softmax.div_(summed).scatter_add_(1, wanted, torch.full_like(summed, -1.0))
+                torch.mm(logits.copy_(softmax), weight, out=gradient[rows])
         ctx.save_for_backward(gradient)
         return total
 
@@ -88,6 +95,7 @@ class TargetLoss(nn.Module):
         causal.config.use_cache = False  # with a cache, packed conversations silently see each other
         self._no_split_modules = causal._no_split_modules  # FSDP2's wrap policy reads it here
         self.fused = head_is_plain(causal)
+        make_lean(model)
         if autocast_dtype is not None:
             # Autocast casts inputs itself: the same bits, and two copies less a linear layer than PEFT's own casts.
             # For good and not only within `forward`: gradient checkpointing runs layers again in the backward pass.
