@@ -198,7 +198,7 @@ def test_the_process_that_fails_first_says_why(server: ForkServer, argv: list[st
 
 
 def test_early_stopping_is_decided_the_same_after_kills(server: ForkServer, argv: list[str], tmp_path: Path) -> None:
-    """A learning rate that soon helps no more (when, is chance): the validations after the best one are counted over kills and resumes."""
+    """A learning rate that soon helps no more: validations after the best are counted over kills and resumes."""
     argv += ["--optim.learning_rate", "10", "--optim.epochs", "8", "--optim.schedule", "constant"]
     argv += ["--checkpoint.every_steps", "1", "--checkpoint.stop_after_no_gain", "3"]
     (tmp_path / "whole").mkdir()

@@ -111,14 +111,14 @@ def _segments(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """One call a conversation: scaled_dot_product_attention, but for what a CPU does quicker in bf16."""
+    """One call a conversation: scaled_dot_product_attention, but for the lengths at which a CPU has a quicker way."""
     dtype, on_cpu = query.dtype, query.device.type == "cpu"
     outputs = []
     with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():  # it would take fp32 back to bf16
         for q, k, v in zip(*(torch.split(each, lengths, 2) for each in (query, key, value)), strict=True):
             length, grouped = q.shape[2], q.shape[1] != k.shape[1]
             band = None if window is None or length <= window else _band(length, window, q.device)
-            if on_cpu and dtype == torch.bfloat16 and length in QUICKEST and band is None:
+            if on_cpu and length in QUICKEST and band is None:
                 outputs.append(CausalAttention.apply(q, k, v, scaling))  # type: ignore[no-untyped-call]
                 continue
             if on_cpu:  # whose kernel is no quicker in bf16, and up to twice slower for short rows
