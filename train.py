@@ -85,6 +85,7 @@ def train(
         if timetable.saves_after(done) or stop:
             save_checkpoint(config.checkpoint, run, done, runtime, model, optimizer)
         if stop:
+            runtime.meet()  # a rank that leaves earlier may have its launcher end rank 0 while that one writes
             raise Stopped(SAVED.format(done))
 
 

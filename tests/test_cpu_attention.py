@@ -75,13 +75,42 @@ def test_no_token_sees_a_later_one() -> None:
         assert not torch.equal(after[:, :, position + 1], before[:, :, position + 1])
 
 
-def test_conversations_of_all_lengths_in_one_row_go_their_ways() -> None:
+@pytest.mark.parametrize("window", [None, BLOCK])
+def test_conversations_of_all_lengths_in_one_row_go_their_ways(window: int | None) -> None:
     lengths = [64, BLOCK + 7, 3, QUICKEST.stop, 200]
-    q, k, v, _ = inputs(SHAPES[0], sum(lengths))
+    *tensors, gradient = inputs(SHAPES[0], sum(lengths))
     boundaries = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-    output, _ = packed_attention(torch.nn.Module(), q, k, v, None, cu_seq_lens_q=boundaries, max_length_q=max(lengths))
-    parts = zip(*(tensor.double().split(lengths, 2) for tensor in (q, k, v)), strict=True)
-    wanted = torch.cat([torchs_own(*part, None) for part in parts], 2).transpose(1, 2)
-    assert output.dtype == torch.bfloat16
-    for got, it in zip(output.split(lengths, 1), wanted.split(lengths, 1), strict=True):
-        assert float((got.double() - it).norm() / it.norm()) < TOLERANCE[q.dtype]
+
+    def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        arguments = {"cu_seq_lens_q": boundaries, "max_length_q": max(lengths), "sliding_window": window}
+        return packed_attention(torch.nn.Module(), q, k, v, None, **arguments)[0]
+
+    def one_by_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        outputs = []
+        for part in zip(*(tensor.split(lengths, 2) for tensor in (q, k, v)), strict=True):
+            position = torch.arange(part[0].shape[2])
+            behind = position[:, None] - position
+            seen = (behind >= 0) & (behind < (window or len(position)))
+            outputs.append(scaled_dot_product_attention(*part, attn_mask=seen, enable_gqa=True))
+        return torch.cat(outputs, 2).transpose(1, 2)
+
+    results = []
+    for function, dtype in ((packed, torch.bfloat16), (one_by_one, torch.float64)):
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+        output = function(*leaves)
+        output.backward(gradient.transpose(1, 2).to(dtype))
+        results.append([output.detach(), *(leaf.grad for leaf in leaves)])
+    for got, it, tokens in zip(*results, (1, 2, 2, 2), strict=True):
+        assert got.dtype == torch.bfloat16
+        for one, other in zip(got.split(lengths, tokens), it.split(lengths, tokens), strict=True):
+            assert float((one.double() - other).norm() / other.norm()) < TOLERANCE[got.dtype]
+
+
+def test_mixed_precisions_go_torchs_way() -> None:
+    q, k, v, _ = inputs(SHAPES[0], 200)
+    boundaries = torch.tensor([0, 200], dtype=torch.int32)
+    wanted = torchs_own(q.double(), k.double(), v.double(), None).transpose(1, 2)
+    for mixed in ((q.float(), k.float(), v), (q, k.float(), v)):
+        output, _ = packed_attention(torch.nn.Module(), *mixed, None, cu_seq_lens_q=boundaries, max_length_q=200)
+        assert output.dtype == mixed[0].dtype
+        assert float((output.double() - wanted).norm() / wanted.norm()) < TOLERANCE[torch.bfloat16]

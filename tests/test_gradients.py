@@ -22,10 +22,10 @@ from tests.model_families import VOCABULARY, build_base
 TOLERANCE = 1e-5  # relative, in norm
 
 
-def build(family: str, *, dropout: float = 0.0) -> PeftModel:
+def build(family: str, *, dropout: float = 0.0, targets: str | list[str] = "all-linear") -> PeftModel:
     """A random model with an adapter that already does something."""
     base = build_base(family)
-    settings = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout)
+    settings = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", lora_dropout=dropout)
     model = get_peft_model(base, settings)
     for name, parameter in trainable(model).items():
         if "lora_B" in name:
@@ -97,8 +97,9 @@ def test_a_broken_attention_is_caught(broken: Any, monkeypatch: pytest.MonkeyPat
     assert max(relative(through_target_loss(loss, pack(examples)), wanted)) > 1000 * TOLERANCE  # and so does this test
 
 
-def test_a_rank_without_work_gives_zero_loss_and_zero_gradients() -> None:
-    model = build("Llama")
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])
+def test_a_rank_without_work_gives_zero_loss_and_zero_gradients(targets: str | list[str]) -> None:
+    model = build("Llama", targets=targets)
     loss = TargetLoss(model, packed=True, autocast_dtype=None)
     summed, grads = through_target_loss(loss, pack([]))
     assert summed == 0

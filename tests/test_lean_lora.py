@@ -14,14 +14,15 @@ from transformers.pytorch_utils import Conv1D
 from chatlora.model.lean_lora import LeanLinear, make_lean
 
 TOLERANCE = 1e-6  # relative, in norm, fp32
+TARGETS = ["plain", "biased", "of_gpt2"]
 
 
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.plain = nn.Linear(24, 40, bias=False)
-        self.biased = nn.Linear(40, 24)
-        self.of_gpt2 = Conv1D(32, 24)
+        self.plain = nn.Linear(24, 400, bias=False)
+        self.biased = nn.Linear(400, 24)
+        self.of_gpt2 = Conv1D(320, 24)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.of_gpt2(torch.tanh(self.biased(torch.tanh(self.plain(x)))))
@@ -29,11 +30,10 @@ class Net(nn.Module):
 
 def build(**settings: object) -> PeftModel:
     torch.manual_seed(0)
-    targets = ["plain", "biased", "of_gpt2"]
-    model = get_peft_model(Net(), LoraConfig(r=4, lora_alpha=10, target_modules=targets, **settings))
+    model = get_peft_model(Net(), LoraConfig(r=16, lora_alpha=40, target_modules=TARGETS, **settings))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            nn.init.normal_(parameter)
+            nn.init.normal_(parameter, std=0.1)
     return model
 
 
@@ -55,7 +55,7 @@ def unscaled(model: PeftModel) -> PeftModel:
 def output_and_gradients(model: PeftModel, *, autocast: bool = False) -> torch.Tensor:
     """fp64, flat: what the model computes, and its gradient by the adapter and by the input."""
     torch.manual_seed(1)
-    x = torch.randn(2, 7, 24, requires_grad=True)
+    x = torch.randn(2, 17, 24, requires_grad=True)
     torch.manual_seed(2)  # of dropout
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         output = model(x)
@@ -87,6 +87,20 @@ def test_under_autocast_it_is_no_farther_from_fp32() -> None:
     pefts, ours = (output_and_gradients(each, autocast=True) for each in (model, lean(model)))
     print(f"from fp32: PEFT {distance(pefts, exact):.1e}, lean {distance(ours, exact):.1e}")
     assert distance(ours, exact) < 1.1 * distance(pefts, exact)
+
+
+@pytest.mark.parametrize("shape", [(24,), (0, 24), (1, 0, 24), (5, 24)])
+def test_inputs_of_any_shape(shape: tuple[int, ...]) -> None:
+    model, x = build(), torch.randn(shape)
+    assert torch.allclose(lean(model)(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_short_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lean(build())
+    taken: list[torch.Tensor] = []
+    monkeypatch.setattr(lora.Linear, "forward", lambda layer, x: taken.append(x))
+    assert model(torch.randn(2, 24)).shape == (2, 320)
+    assert not taken
 
 
 def two_adapters(model: PeftModel) -> None:
@@ -134,13 +148,16 @@ def test_everything_else_goes_pefts_way(
     assert results[0].abs().sum() > 0
 
 
-def test_only_pefts_plain_layer_is_changed() -> None:
-    class Quantised(lora.Linear):
-        """As bitsandbytes' and GPTQ's layers are, which PEFT derives from its own."""
+def test_only_plain_layers_on_plain_projections_are_changed() -> None:
+    class Odd(lora.Linear):
+        """As PEFT's layers for bitsandbytes or GPTQ."""
+
+    class Quantised(nn.Linear):
+        """As transformers' layers in FP8, which PEFT wraps as it wraps any nn.Linear."""
 
     model = build()
-    odd = model.base_model.model.plain
-    odd.__class__ = Quantised
+    plain, biased, of_gpt2 = (model.get_submodule(f"base_model.model.{name}") for name in TARGETS)
+    plain.__class__ = Odd
+    biased.base_layer.__class__ = Quantised
     make_lean(model)
-    assert type(odd) is Quantised
-    assert type(model.base_model.model.biased) is LeanLinear
+    assert [type(layer) for layer in (plain, biased, of_gpt2)] == [Odd, lora.Linear, LeanLinear]

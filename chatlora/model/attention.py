@@ -17,7 +17,7 @@ from chatlora.model.cpu_attention import QUICKEST, CausalAttention
 from chatlora.model.spread import full_shape
 
 PACKED = "chatlora_packed"
-PROBE_LENGTHS = (37, 61)
+PROBE_LENGTHS = (37, QUICKEST.start + 13)  # on a CPU each takes another kernel
 
 # Keyword arguments of transformers' attention functions that change nothing in a packed causal forward pass. Any other
 # one that is not None changes the function (soft-capping, sinks, biases): ignoring it would give a wrong gradient.
@@ -118,7 +118,7 @@ def _segments(
         for q, k, v in zip(*(torch.split(each, lengths, 2) for each in (query, key, value)), strict=True):
             length, grouped = q.shape[2], q.shape[1] != k.shape[1]
             band = None if window is None or length <= window else _band(length, window, q.device)
-            if on_cpu and length in QUICKEST and band is None:
+            if on_cpu and length in QUICKEST and band is None and q.dtype == k.dtype == v.dtype:
                 outputs.append(CausalAttention.apply(q, k, v, scaling))  # type: ignore[no-untyped-call]
                 continue
             if on_cpu:  # whose kernel is no quicker in bf16, and up to twice slower for short rows

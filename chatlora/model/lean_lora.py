@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear
 from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 from chatlora.model.spread import is_spread
 
 
 def make_lean(model: nn.Module) -> None:
-    """Every plain LoRA layer of the model becomes a LeanLinear, in place. Others, quantised ones say, stay PEFT's."""
+    """Every LoRA layer on a plain projection becomes a LeanLinear, in place; others, quantised ones say, stay."""
     for module in model.modules():
-        if type(module) is Linear:
+        if type(module) is Linear and type(module.base_layer) in (nn.Linear, Conv1D):
             module.__class__ = LeanLinear
 
 
@@ -29,12 +31,13 @@ class LeanLinear(Linear):  # type: ignore[misc]
         adapter = self._only_adapter()
         if adapter is None or arguments or options or self._casts(x, adapter):
             return super().forward(x, *arguments, **options)  # type: ignore[no-any-return]
-        rows = x.flatten(0, -2)  # addmm_ wants matrices, and no view of one: that would copy in the backward pass
+        # addmm_ wants a matrix that is no view of a larger tensor: the backward pass would copy that.
+        rows = x.reshape(-1, x.shape[-1])
         result: torch.Tensor = self.base_layer(rows)
         hidden = self.lora_A[adapter](self.lora_dropout[adapter](rows))
         expand = self.lora_B[adapter].weight.to(hidden.dtype)
         result.addmm_(hidden, expand.T, alpha=self.scaling[adapter])
-        return result.view(*x.shape[:-1], -1)
+        return result.view(*x.shape[:-1], result.shape[-1])
 
     def _only_adapter(self) -> str | None:
         """The one adapter, if it is all there is to this layer and its weights are whole here."""
@@ -44,8 +47,9 @@ class LeanLinear(Linear):  # type: ignore[misc]
         if adapter not in self.lora_B or adapter in self.lora_variant:
             return None
         expand = self.lora_B[adapter]
-        # DeepSpeed's stage 3 gathers a layer's weights for that layer's own forward pass only.
-        return None if expand.bias is not None or is_spread(expand.weight) else adapter
+        # An engine may gather a layer's weights for that layer's own forward pass only, as DeepSpeed's stage 3 does.
+        is_part = is_spread(expand.weight) or isinstance(expand.weight, DTensor)
+        return None if expand.bias is not None or is_part else adapter
 
     def _casts(self, x: torch.Tensor, adapter: str) -> bool:
         """Whether PEFT would cast: adapter and base then compute in different precisions."""
