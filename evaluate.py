@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from chatlora.errors import run_as_script
-from chatlora.evaluation.command_line import MODEL, Request, parse
+from chatlora.evaluation.command_line import MODEL, Request, parse, told_as_options
 from chatlora.training.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -37,12 +37,20 @@ def main(argv: Sequence[str], runtime: Runtime | None = None, *, again: bool = T
         score_file(request)
         return
 
-    signals = StopSignals.installed() if runtime is None else runtime.signals  # before the seconds that imports take
-    from chatlora.evaluation import stage
-    from chatlora.evaluation.earlier import show_earlier_scores
+    if runtime is not None:
+        evaluate(request, runtime, again)
+        return
+    signals = StopSignals.installed()  # before the seconds that imports take
     from chatlora.training import runtime as engine
 
-    runtime = runtime or engine.start(request.config, signals)
+    with told_as_options(request):
+        evaluate(request, engine.start(request.config, signals), again)
+
+
+def evaluate(request: Request, runtime: Runtime, again: bool) -> None:
+    from chatlora.evaluation import stage
+    from chatlora.evaluation.earlier import show_earlier_scores
+
     if not again and runtime.rank_0_says(runtime.is_main and show_earlier_scores(request)):
         return
     actors = stage.set_up(request, runtime)

@@ -258,6 +258,7 @@ def test_mistakes_before_generation_leave_with_2_and_the_remedy(world: Path, tmp
     for words, expected in (
         (["--model", str(world / "base"), "--data", str(tmp_path / "bad.jsonl")], "bad.jsonl:1"),
         (["--model", str(world / "base"), "--adapter", str(tmp_path), "--data", "x"], "holds no adapter"),
+        (["--model", str(tmp_path / "none"), "--data", "x.jsonl"], f"--model: the folder {tmp_path / 'none'} does not"),
     ):
         with pytest.raises(ChatLoraError) as caught:
             evaluate.main(words)

@@ -3,7 +3,8 @@
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from chatlora.config import Config, Precision, Source, Sources, Style
 from chatlora.config_files import config_from_file
-from chatlora.errors import ConfigError
+from chatlora.errors import ChatLoraError, ConfigError
 
 USAGE = """
   accelerate launch evaluate.py RUN_DIR [--split test] [--compare base]
@@ -21,6 +22,18 @@ USAGE = """
   python evaluate.py --predictions FILE.jsonl          (needs no model)"""
 SPLITS = ("test", "validation")
 MODEL, ADAPTER, BASE = "model", "adapter", "base"  # a model without an adapter; with it; the same with it switched off
+
+# Where an option stands in a run's settings.
+PLACES = {
+    "model": "model.name_or_path",
+    "chat_template": "model.chat_template",
+    "system": "data.system",
+    "data": "data.test",
+    "style": "evaluation.style",
+    "max_new_tokens": "evaluation.max_new_tokens",
+    "max_prompt_length": "evaluation.max_prompt_length",
+    "precision": "run.precision",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +151,18 @@ def _stem(data: str) -> str:
     return re.sub(r"[^\w.-]+", "-", Path(data).stem).strip("-.") or "data"
 
 
+@contextmanager
+def told_as_options(request: Request) -> Iterator[None]:
+    """Within, an error names the options of evaluate.py and not a run's settings, which its reader did not write."""
+    options = {place: f"--{option}" for option, place in PLACES.items() if not (request.of_run and option == "model")}
+    names = re.compile(rf"\b({'|'.join(map(re.escape, options))})\b(?!_)")
+    try:
+        yield
+    except ChatLoraError as error:
+        error.problems = tuple(names.sub(lambda found: options[found[0]], problem) for problem in error.problems)
+        raise
+
+
 def parser() -> argparse.ArgumentParser:
     words = argparse.ArgumentParser("evaluate.py", usage=USAGE, allow_abbrev=False, add_help=True)
     words.add_argument(
@@ -212,19 +237,9 @@ def _config_of_run(run_dir: Path) -> Config:
 
 def _with_overrides(config: Config, given: argparse.Namespace) -> Config:
     """Checked anew by pydantic: `model_copy` alone would take anything."""
-    places = {
-        "model": ("model", "name_or_path"),
-        "chat_template": ("model", "chat_template"),
-        "system": ("data", "system"),
-        "data": ("data", "test"),
-        "style": ("evaluation", "style"),
-        "max_new_tokens": ("evaluation", "max_new_tokens"),
-        "max_prompt_length": ("evaluation", "max_prompt_length"),
-        "precision": ("run", "precision"),
-    }
     values: dict[str, dict[str, Any]] = config.as_dict()
-    for option, (section, field) in places.items():
-        value = getattr(given, option)
+    for option, place in PLACES.items():
+        value, (section, field) = getattr(given, option), place.split(".")
         if value is not None:
             values[section][field] = str(value) if isinstance(value, Path) else value
     if given.data is not None:
