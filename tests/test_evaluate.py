@@ -254,8 +254,10 @@ def test_a_model_without_an_adapter(world: Path, evaluated: Path, tmp_path: Path
 
 
 def test_mistakes_before_generation_leave_with_2_and_the_remedy(world: Path, tmp_path: Path) -> None:
-    write_lines(tmp_path / "bad.jsonl", [{"messages": [{"role": "asistant", "content": "x"}]}])
+    for name in ("bad.jsonl", "data.test.jsonl"):  # the second is no setting
+        write_lines(tmp_path / name, [{"messages": [{"role": "asistant", "content": "x"}]}])
     for words, expected in (
+        (["--model", str(world / "base"), "--data", str(tmp_path / "data.test.jsonl")], "/data.test.jsonl:1"),
         (["--model", str(world / "base"), "--data", str(tmp_path / "bad.jsonl")], "bad.jsonl:1"),
         (["--model", str(world / "base"), "--adapter", str(tmp_path), "--data", "x"], "holds no adapter"),
         (["--model", str(tmp_path / "none"), "--data", "x.jsonl"], f"--model: the folder {tmp_path / 'none'} does not"),

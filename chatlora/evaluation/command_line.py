@@ -155,7 +155,8 @@ def _stem(data: str) -> str:
 def told_as_options(request: Request) -> Iterator[None]:
     """Within, an error names the options of evaluate.py and not a run's settings, which its reader did not write."""
     options = {place: f"--{option}" for option, place in PLACES.items() if not (request.of_run and option == "model")}
-    names = re.compile(rf"\b({'|'.join(map(re.escape, options))})\b(?!_)")
+    # Whole names only: rows may lie in a file data.test.jsonl.
+    names = re.compile(rf"(?<![\w./-])({'|'.join(map(re.escape, options))})(?![\w/-]|\.\w)")
     try:
         yield
     except ChatLoraError as error:
