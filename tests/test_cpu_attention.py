@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from chatlora.model.attention import packed_attention
 from chatlora.model.cpu_attention import BLOCK, QUICKEST, CausalAttention
+from tests.test_lean_lora import distance
 
 # Relative, in norm. bf16 has 8 bits, and a gradient rounds two to three times.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 7e-3}
@@ -48,7 +49,7 @@ def errors(
     exact = all_of(torchs_own, *(tensor.double() for tensor in given))
     found = all_of(computed, *given)
     assert [each.dtype for each in found] == [dtype] * 4
-    return tuple(float((got.double() - it).norm() / it.norm()) for got, it in zip(found, exact, strict=True))
+    return tuple(distance(got.double(), it) for got, it in zip(found, exact, strict=True))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -103,7 +104,7 @@ def test_conversations_of_all_lengths_in_one_row_go_their_ways(window: int | Non
     for got, it, tokens in zip(*results, (1, 2, 2, 2), strict=True):
         assert got.dtype == torch.bfloat16
         for one, other in zip(got.split(lengths, tokens), it.split(lengths, tokens), strict=True):
-            assert float((one.double() - other).norm() / other.norm()) < TOLERANCE[got.dtype]
+            assert distance(one.double(), other) < TOLERANCE[got.dtype]
 
 
 def test_mixed_precisions_go_torchs_way() -> None:
@@ -113,4 +114,4 @@ def test_mixed_precisions_go_torchs_way() -> None:
     for mixed in ((q.float(), k.float(), v), (q, k.float(), v)):
         output, _ = packed_attention(torch.nn.Module(), *mixed, None, cu_seq_lens_q=boundaries, max_length_q=200)
         assert output.dtype == mixed[0].dtype
-        assert float((output.double() - wanted).norm() / wanted.norm()) < TOLERANCE[torch.bfloat16]
+        assert distance(output.double(), wanted) < TOLERANCE[torch.bfloat16]

@@ -3,7 +3,6 @@
 T: tokens of all conversations of a micro-batch together; H, K: query and key/value heads; D: head size.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -111,23 +110,27 @@ def _segments(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """One call a conversation: scaled_dot_product_attention, but for the lengths at which a CPU has a quicker way."""
-    dtype, on_cpu = query.dtype, query.device.type == "cpu"
-    outputs = []
-    with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():  # it would take fp32 back to bf16
-        for q, k, v in zip(*(torch.split(each, lengths, 2) for each in (query, key, value)), strict=True):
-            length, grouped = q.shape[2], q.shape[1] != k.shape[1]
-            band = None if window is None or length <= window else _band(length, window, q.device)
-            if on_cpu and length in QUICKEST and band is None and q.dtype == k.dtype == v.dtype:
-                outputs.append(CausalAttention.apply(q, k, v, scaling))  # type: ignore[no-untyped-call]
-                continue
-            if on_cpu:  # whose kernel is no quicker in bf16, and up to twice slower for short rows
-                q, k, v = q.float(), k.float(), v.float()
-            output = scaled_dot_product_attention(
-                q, k, v, attn_mask=band, is_causal=band is None, scale=scaling, enable_gqa=grouped
-            )
-            outputs.append(output.to(dtype))
-    return torch.cat(outputs, 2).transpose(1, 2)
+    """Each conversation for itself."""
+    parts = zip(*(torch.split(each, lengths, 2) for each in (query, key, value)), strict=True)
+    with torch.autocast("cpu", enabled=False):  # it would take fp32 back to bf16
+        return torch.cat([_segment(q, k, v, scaling, window) for q, k, v in parts], 2).transpose(1, 2)
+
+
+def _segment(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, window: int | None
+) -> torch.Tensor:
+    """scaled_dot_product_attention of one conversation, but for the lengths at which a CPU has a quicker way."""
+    dtype, length, on_cpu = q.dtype, q.shape[2], q.device.type == "cpu"
+    band = None if window is None or length <= window else _band(length, window, q.device)
+    if on_cpu and length in QUICKEST and band is None and dtype == k.dtype == v.dtype:
+        quick: torch.Tensor = CausalAttention.apply(q, k, v, scaling)  # type: ignore[no-untyped-call]
+        return quick
+    if on_cpu:  # whose kernel is no quicker in bf16, and up to twice slower for short rows
+        q, k, v = q.float(), k.float(), v.float()
+    grouped = q.shape[1] != k.shape[1]
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=band, is_causal=band is None, scale=scaling, enable_gqa=grouped
+    ).to(dtype)
 
 
 def _band(length: int, window: int, device: torch.device) -> torch.Tensor:

@@ -28,8 +28,8 @@ class CausalAttention(torch.autograd.Function):
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
         """query [1, H, L, D], key [1, K, L, D], value [1, K, L, Dv] -> [1, H, L, Dv]. No scale: D ** -0.5."""
-        num_keys = key.shape[1]
-        q, k, v = _apart(query[0], num_keys, query.shape[1] // num_keys), key[0], value[0]
+        kv_heads = key.shape[1]
+        q, k, v = _apart(query[0], kv_heads, query.shape[1] // kv_heads), key[0], value[0]
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         output = q.new_empty(*q.shape[:-1], v.shape[-1])
         keys = k.float().mT
@@ -52,7 +52,8 @@ class CausalAttention(torch.autograd.Function):
         gradient = _apart(gradient[0], *q.shape[:2])
         values = v.float().mT
         common = (gradient.float() * output).sum(-1, keepdim=True)  # what all of a row's scores share
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v).float()
+        dq = torch.empty_like(q)
+        dk, dv = (torch.zeros_like(each, dtype=torch.float32) for each in (k, v))
         for (rows, seen), probabilities in zip(_blocks(q.shape[2]), kept, strict=True):
             incoming = _merged(gradient, rows)
             dv[:, seen] += probabilities.mT @ incoming
@@ -75,6 +76,6 @@ def _merged(tensor: torch.Tensor, rows: slice) -> torch.Tensor:
     return tensor[:, :, rows].flatten(1, 2)
 
 
-def _apart(tensor: torch.Tensor, num_keys: int, sharing: int) -> torch.Tensor:
+def _apart(tensor: torch.Tensor, kv_heads: int, sharing: int) -> torch.Tensor:
     """[K * G, R, X] or [K, G * R, X] -> [K, G, R, X]: a view, for reading or writing."""
-    return tensor.view(num_keys, sharing, -1, tensor.shape[-1])
+    return tensor.view(kv_heads, sharing, -1, tensor.shape[-1])
