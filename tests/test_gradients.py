@@ -181,7 +181,7 @@ def test_bf16_keeps_the_adapter_in_fp32_and_follows_fp32(checkpointing: bool) ->
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, TOLERANCE), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("family", ["Llama", "Qwen3", "GLM"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "GLM (ChatGLM3, GLM-4-9b)"])
 def test_on_a_gpu_packed_equals_one_by_one(family: str, dtype: torch.dtype, tolerance: float) -> None:
     model, examples = build(family).cuda(), conversations()
     adapter = trainable(model)

@@ -126,7 +126,7 @@ def plainly(adapted: PeftModel, runtime: Runtime, examples: ExampleSet, batch: B
             logits = adapted(input_ids=ids, use_cache=False).logits[0, :-1]
         loss = cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum") / batch.num_targets
         loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss)
+        total += loss.item()
     gradient = {name: each.grad.cpu() for name, each in trainable(adapted).items() if each.grad is not None}
     adapted.zero_grad()
     return total, gradient
