@@ -9,23 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from chatlora.distributed.signals import StopSignals
 from chatlora.errors import run_as_script
 from chatlora.evaluation.command_line import MODEL, Request, parse, told_as_options
-from chatlora.training.signals import StopSignals
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
+    from chatlora.distributed.runtime import Runtime
     from chatlora.evaluation.generation import Model, Results
-    from chatlora.training.runtime import Runtime
 
 
 def generate(
     runtime: Runtime, model: Model, batches: Iterable[dict[str, Any]], settings: GenerationConfig, results: Results
 ) -> None:
+    from chatlora.data.loader import to_device
+
     for batch in batches:
         samples, references = batch.pop("samples"), batch.pop("output_ids")  # the model never sees the references
-        output = model.generate(**runtime.to_device(batch), generation_config=settings)
+        output = model.generate(**to_device(batch, runtime.device), generation_config=settings)
         generated = output[:, batch["input_ids"].shape[1] :]  # the prompt is trimmed
         results.append(samples, generated, references)  # on disk before the next batch
 
@@ -40,18 +42,17 @@ def main(argv: Sequence[str], runtime: Runtime | None = None, *, again: bool = T
     if runtime is not None:
         evaluate(request, runtime, again)
         return
-    signals = StopSignals.installed()  # before the seconds that imports take
-    from chatlora.training import runtime as engine
+    with StopSignals() as signals, told_as_options(request):  # before the seconds that imports take
+        from chatlora.distributed.runtime import start
 
-    with told_as_options(request):
-        evaluate(request, engine.start(request.config, signals), again)
+        evaluate(request, start(request.config, signals), again)
 
 
 def evaluate(request: Request, runtime: Runtime, again: bool) -> None:
-    from chatlora.evaluation import stage
+    from chatlora.evaluation import setup as stage
     from chatlora.evaluation.earlier import show_earlier_scores
 
-    if not again and runtime.rank_0_says(runtime.is_main and show_earlier_scores(request)):
+    if not again and runtime.broadcast_bool(runtime.is_main and show_earlier_scores(request)):
         return
     actors = stage.set_up(request, runtime)
     with stage.open_folders(request.folders, runtime) as parts:

@@ -179,7 +179,7 @@ def main() -> None:
 
     import torch
 
-    from chatlora.training.runtime import multiplies_bf16
+    from chatlora.distributed.runtime import multiplies_bf16
 
     bf16 = multiplies_bf16(torch.device("cpu"))
     precisions = arguments.precision or (["fp32", "bf16"] if bf16 else ["fp32"])

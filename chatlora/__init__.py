@@ -7,19 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from chatlora.data.formats import parse_row
-    from chatlora.data.rendering import render, render_for_evaluation
     from chatlora.evaluation.metrics import score
     from chatlora.model.loading import load_for_inference
+    from chatlora.reading.formats import parse_row
+    from chatlora.rendering.renderer import render, render_for_evaluation
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_for_inference", "parse_row", "render", "render_for_evaluation", "score"]
 
 _HOMES = {
     "load_for_inference": "chatlora.model.loading",
-    "parse_row": "chatlora.data.formats",
-    "render": "chatlora.data.rendering",
-    "render_for_evaluation": "chatlora.data.rendering",
+    "parse_row": "chatlora.reading.formats",
+    "render": "chatlora.rendering.renderer",
+    "render_for_evaluation": "chatlora.rendering.renderer",
     "score": "chatlora.evaluation.metrics",
 }
 

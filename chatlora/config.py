@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 RowFormat = Literal["auto", "messages", "conversations", "sharegpt", "alpaca", "prompt_completion"]
-Schedule = Literal["constant", "linear", "cosine"]
+ScheduleName = Literal["constant", "linear", "cosine"]
 OverLength = Literal["fit", "cut", "drop", "error"]
 OnBadRow = Literal["error", "set_aside"]
 Supervise = Literal["all", "last"]
@@ -46,7 +46,7 @@ def _as_sources(value: Any) -> Any:
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
-def _as_share_or_sources(value: Any) -> Any:
+def _as_fraction_or_sources(value: Any) -> Any:
     if value is None or isinstance(value, bool) or value in ("null", "true", "false"):
         raise ValueError("a share of the training rows is expected, 0 for none of them, or the path of rows")
     try:
@@ -56,7 +56,7 @@ def _as_share_or_sources(value: Any) -> Any:
 
 
 Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(Section):
@@ -90,7 +90,7 @@ class LoraConfig(Section):
 class DataConfig(Section):
     train: Sources = Field((), description="training rows: a path, a list of paths, or a list of sources")
     validation: Annotated[
-        Annotated[Share | Sources, Field(union_mode="left_to_right")], BeforeValidator(_as_share_or_sources)
+        Annotated[Fraction | Sources, Field(union_mode="left_to_right")], BeforeValidator(_as_fraction_or_sources)
     ] = Field(0.02, description="a share of the training rows, or sources")
     test: Sources = Field((), description="rows for evaluate.py")
     system: str | None = Field(None, description="system prompt of conversations that have none")
@@ -114,7 +114,7 @@ class OptimConfig(Section):
         "auto", description="tokens of one forward pass on one process; auto: max(max_length, 1024 on CPU, 4096 on GPU)"
     )
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of AdamW")
-    schedule: Schedule = Field("cosine", description="learning rate after the warm-up")
+    schedule: ScheduleName = Field("cosine", description="learning rate after the warm-up")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     max_grad_norm: float = Field(

@@ -17,6 +17,7 @@ import difflib
 import faulthandler
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Self
@@ -168,5 +169,8 @@ def run_as_script(main: Callable[[Sequence[str]], None]) -> None:
         print(f"\n{this_rank()}{error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except Stopped as stop:
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):  # launchers repeat themselves; the status is decided
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
         print(f"\n{stop}", file=sys.stderr)
         sys.exit(stop.exit_status)

@@ -72,7 +72,7 @@ class RunDirectory:
             write_json(self.path / "ledger.json", ledger)
             self._tell("running", "")
 
-    def go_on_from(self, step: int, num_steps: int, batches: Batches) -> None:
+    def resume_logs(self, step: int, num_steps: int, batches: Batches) -> None:
         """Cut the logs back to the checkpoint, or empty them on a fresh run, and show the progress."""
         self.step = step
         if not self.writes:

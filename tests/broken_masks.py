@@ -1,7 +1,7 @@
 """The usual ways in which a mask is wrong: each a change of an example's labels that the proof must refuse."""
 
-from chatlora.data.rendering import IGNORE_INDEX, Example
-from tests.exactness import stretches
+from chatlora.rendering.renderer import IGNORE_INDEX, Example
+from tests.exactness import spans
 
 
 def off_by_one(example: Example) -> list[int]:
@@ -10,37 +10,37 @@ def off_by_one(example: Example) -> list[int]:
 
 def shifted(example: Example) -> list[int]:
     """Targets begin one token late and end one token late."""
-    return supervise(example, [(start + 1, min(end + 1, len(example.labels))) for start, end in stretches(example)])
+    return supervise(example, [(start + 1, min(end + 1, len(example.labels))) for start, end in spans(example)])
 
 
 def header_supervised(example: Example) -> list[int]:
     """What stands before the first reply is learned up to and including the reply."""
-    (start, end), *others = stretches(example)
+    (start, end), *others = spans(example)
     return supervise(example, [(max(0, start - 5), end), *others])
 
 
 def generation_prompt_supervised(example: Example) -> list[int]:
-    *others, (start, end) = stretches(example)
+    *others, (start, end) = spans(example)
     return supervise(example, [*others, (start - 1, end)])
 
 
 def stop_token_lost(example: Example) -> list[int]:
-    *others, (start, end) = stretches(example)
+    *others, (start, end) = spans(example)
     return supervise(example, [*others, (start, end - 1)])
 
 
 def first_stop_token_lost(example: Example) -> list[int]:
-    (start, end), *others = stretches(example)
+    (start, end), *others = spans(example)
     return supervise(example, [(start, end - 1), *others])
 
 
 def first_token_lost(example: Example) -> list[int]:
-    (start, end), *others = stretches(example)
+    (start, end), *others = spans(example)
     return supervise(example, [(start + 1, end), *others])
 
 
 def turn_lost(example: Example) -> list[int]:
-    return supervise(example, stretches(example)[1:])
+    return supervise(example, spans(example)[1:])
 
 
 def everything_supervised(example: Example) -> list[int]:

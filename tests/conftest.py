@@ -29,7 +29,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The embedded model's folder, from the user's cache or made as the demo makes it; an error where it cannot be."""
-    from chatlora.model.demo import embedded_model
+    from chatlora.embedded_model import embedded_model
 
     return embedded_model("embedded:smollm2-135m-instruct")
 

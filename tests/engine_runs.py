@@ -61,7 +61,7 @@ def note_engine(path: str) -> None:
 def _facts(runtime: Any, model: Any, optimizer: Any) -> dict[str, Any]:
     from torch.distributed.tensor import DTensor
 
-    from chatlora.training.engines import torch_optimizer
+    from chatlora.distributed.engines import torch_optimizer
 
     parameters = list(model.parameters())
     base = [parameter for parameter in parameters if not parameter.requires_grad]
@@ -87,32 +87,32 @@ def _facts(runtime: Any, model: Any, optimizer: Any) -> dict[str, Any]:
 
 
 def assert_engine(engine: str, path: Path, *, everything_partitioned: bool = False) -> dict[str, Any]:
-    """Both ranks ran what the configuration file names. Returns rank 0's facts."""
+    """Both ranks ran what the configuration file names. Returns rank 0's info."""
     both = [json.loads(Path(f"{path}-{rank}.json").read_text()) for rank in (0, 1)]
-    for facts in both:
-        assert facts["adapter"] == facts["moments"] == ["torch.float32"]
+    for info in both:
+        assert info["adapter"] == info["moments"] == ["torch.float32"]
         if engine == "ddp":
-            assert facts["wrapper"] == "DistributedDataParallel"
+            assert info["wrapper"] == "DistributedDataParallel"
         elif engine == "fsdp2":
-            assert facts["distributed_type"] == "FSDP"
-            assert facts["dtensors"] == facts["parameters"]
+            assert info["distributed_type"] == "FSDP"
+            assert info["dtensors"] == info["parameters"]
         else:
-            assert facts["distributed_type"] == "DEEPSPEED"
-            assert facts["wrapper"] == "DeepSpeedEngine"
-            assert f"zero{facts['stage']}" == engine
+            assert info["distributed_type"] == "DEEPSPEED"
+            assert info["wrapper"] == "DeepSpeedEngine"
+            assert f"zero{info['stage']}" == engine
             if engine == "zero3":
-                assert facts["partitioned"] == facts["parameters"]
+                assert info["partitioned"] == info["parameters"]
             if everything_partitioned:
-                assert facts["kept_whole"] == 0
+                assert info["kept_whole"] == 0
     return both[0]
 
 
 def start_from_a_worked_adapter() -> None:
     """lora_B begins as noise instead of zero, so that the first gradient reaches everything."""
-    from chatlora.training import stage
+    from chatlora.training import setup
 
-    add_lora = stage.add_lora
-    stage.add_lora = lambda *given: with_noise(add_lora(*given))
+    add_lora = setup.add_lora
+    setup.add_lora = lambda *given: with_noise(add_lora(*given))
 
 
 def with_noise(model: Any) -> Any:
@@ -125,28 +125,28 @@ def with_noise(model: Any) -> Any:
 
 
 def pad_instead_of_pack() -> None:
-    from chatlora.training import stage
+    from chatlora.training import setup
 
-    stage.why_not_packed = lambda model, *, exact: "a test asked for it"
+    setup.why_not_packed = lambda model, *, exact: "a test asked for it"
 
 
 def mean_of_means() -> None:
     """Broken on purpose: each micro-batch's mean loss counts the same, however many targets it has."""
+    from chatlora.data.loader import Loader
     from chatlora.model.loss import TargetLoss
-    from chatlora.training.runtime import Runtime
 
-    fetch, forward, now = Runtime.fetch, TargetLoss.forward, {"scale": 1.0}
+    fetch, forward, now = Loader.fetch, TargetLoss.forward, {"scale": 1.0}
 
-    def counting(runtime: Runtime, examples: Any, micro_batches: Any) -> Any:
-        parts = [examples.num_targets[members].sum() for rank in micro_batches for members in rank]
+    def counting(loader: Loader, micro_batches: Any) -> Any:
+        parts = [loader.examples.num_targets[members].sum() for rank in micro_batches for members in rank]
         now["scale"] = float(sum(parts)) / len(parts)
-        return fetch(runtime, examples, micro_batches)
+        return fetch(loader, micro_batches)
 
     def meaning(loss: TargetLoss, input_ids: Any, labels: Any, **arguments: Any) -> Any:
         own = (labels[:, 1:] != -100).sum().clamp(min=1)
         return forward(loss, input_ids=input_ids, labels=labels, **arguments) / own * now["scale"]
 
-    Runtime.fetch, TargetLoss.forward = counting, meaning
+    Loader.fetch, TargetLoss.forward = counting, meaning
 
 
 def poison(rank: int, call: int, how: str, path: str) -> None:
@@ -154,9 +154,9 @@ def poison(rank: int, call: int, how: str, path: str) -> None:
 
     What the weights and moments are when the run stops on it goes to `path`-rank.pt on every rank.
     """
+    from chatlora.distributed.runtime import Runtime
     from chatlora.errors import NonFiniteError
     from chatlora.training import state
-    from chatlora.training.runtime import Runtime
 
     backward, clip, at = Runtime.backward, Runtime.clip_gradients, NonFiniteError.at
     calls: list[None] = []
@@ -209,8 +209,8 @@ def note_generation(path: str) -> None:
 
         base = [parameter for name, parameter in model.named_parameters() if "lora_" not in name]
         spread = sum(isinstance(p, DTensor) or (hasattr(p, "ds_id") and p.numel() == 0) for p in base)
-        facts = {"engine": runtime.engine, "base": len(base), "spread": spread}
-        noted.append(facts)
+        info = {"engine": runtime.engine, "base": len(base), "spread": spread}
+        noted.append(info)
         Path(f"{path}-{runtime.rank}.json").write_text(json.dumps(noted[0]))
         generate(runtime, model, *given)
 

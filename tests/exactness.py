@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from chatlora.data.conversation import Conversation
-from chatlora.data.rendering import IGNORE_INDEX, Example, Renderer
+from chatlora.reading.conversation import Conversation
+from chatlora.rendering.renderer import IGNORE_INDEX, Example, Renderer
 
 
-def stretches(example: Example) -> list[tuple[int, int]]:
-    """(start, end) of each stretch of targets."""
+def spans(example: Example) -> list[tuple[int, int]]:
+    """(start, end) of each span of targets."""
     marks = [False, *(label != IGNORE_INDEX for label in example.labels), False]
     edges = [index for index in range(len(marks) - 1) if marks[index] != marks[index + 1]]
     return list(zip(edges[::2], edges[1::2], strict=True))
@@ -23,13 +23,13 @@ def rendered_text(renderer: Renderer, conversation: Conversation, num_messages: 
 
 
 def assert_exact(renderer: Renderer, conversation: Conversation, examples: Sequence[Example]) -> None:
-    """Each assistant message is the target of one stretch, which begins where its prompt ends. No control text."""
+    """Each assistant message is the target of one span, which begins where its prompt ends. No control text."""
     assistants = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
     prompts = {index: rendered_ids(renderer, conversation, index, prompt=True) for index in assistants}
     found = []
     for example in examples:
         assert all(label in (IGNORE_INDEX, id) for id, label in zip(example.input_ids, example.labels, strict=True))
-        for start, end in stretches(example):
+        for start, end in spans(example):
             index = next(index for index in assistants if prompts[index] == example.input_ids[:start])
             found.append(index)
             _assert_reply(renderer, conversation, index, example.input_ids[:end], start)

@@ -128,8 +128,8 @@ def warm() -> None:
     import pyarrow.compute
     import transformers
 
-    import chatlora.evaluation.stage
-    import chatlora.training.stage
+    import chatlora.evaluation.setup
+    import chatlora.training.setup
     import chatlora.training.state
     import evaluate
     import train
@@ -220,7 +220,7 @@ def on_entry(place: str, call: int, act: Callable[[], object]) -> None:
 def note_examples(path: Path) -> None:
     """A line for each micro-batch that is trained on: [step, micro-batch, examples]."""
     from chatlora.data.dataset import ExampleSet
-    from chatlora.training.runtime import Runtime
+    from chatlora.distributed.runtime import Runtime
 
     fetch, seed_draws, fetched = ExampleSet.fetch, Runtime.seed_draws, []
 

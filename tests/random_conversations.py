@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from chatlora.data.conversation import Conversation, Message, ToolCall
+from chatlora.reading.conversation import Conversation, Message, ToolCall
 
 WORDS = ["Hello", "city", "the", "of", "answer", "3.14", "42", "don't", "naïve", "return x", "e.g.", "Ω", "x"]
 CJK = ["你好", "，", "。", "北京798艺术区", "こんにちは", "한국어", "門票"]

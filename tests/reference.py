@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from chatlora.config_files import load_config
 from chatlora.data.batches import GlobalBatches
-from chatlora.data.examples import Example
 from chatlora.model.lora import add_lora, trainable
+from chatlora.rendering.examples import Example
 from tests.engine_runs import with_noise
 
 

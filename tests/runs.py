@@ -19,8 +19,8 @@ STEPS = 10
 FLAGS = ["--checkpoint.every_steps", "3", "--optim.max_tokens_per_micro_batch", "600", "--run.output_dir", "run"]
 DIFFERS = ("seconds", "peak_memory_bytes")  # from run to run, and may
 
-SEED_DRAWS = "chatlora.training.runtime:Runtime.seed_draws"
-STEP = "chatlora.training.runtime:Runtime.clip_gradients"  # once a step, before the optimizer's
+SEED_DRAWS = "chatlora.distributed.runtime:Runtime.seed_draws"
+STEP = "chatlora.distributed.runtime:Runtime.clip_gradients"  # once a step, before the optimizer's
 WRITE = "chatlora.training.state:write_checkpoint"
 
 

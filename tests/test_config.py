@@ -11,7 +11,7 @@ import pytest
 from chatlora.config import Config, OptimConfig, changed_settings, trajectory_hash, with_absolute_paths
 from chatlora.config_files import PRESETS, config_from_file, config_text, help_text, load_config
 from chatlora.errors import ConfigError
-from chatlora.training.timetable import Timetable
+from chatlora.training.schedule import Schedule
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -203,8 +203,8 @@ class TestTimetable:
     optim = OptimConfig(epochs=2, learning_rate=1.0, warmup_ratio=0.1)
 
     def rates(self, schedule: str) -> list[float]:
-        timetable = Timetable(self.optim.model_copy(update={"schedule": schedule}), steps_per_epoch=10, every_steps=3)
-        return [timetable.learning_rate(step) for step in range(timetable.num_steps)]
+        schedule = Schedule(self.optim.model_copy(update={"schedule": schedule}), steps_per_epoch=10, every_steps=3)
+        return [schedule.learning_rate(step) for step in range(schedule.num_steps)]
 
     def test_closed_forms(self) -> None:
         assert self.rates("constant") == [0.5, *[1.0] * 19]
@@ -213,9 +213,9 @@ class TestTimetable:
         assert len(self.rates("cosine")) == 20
 
     def test_half_an_epoch_and_a_limit(self) -> None:
-        assert Timetable(OptimConfig(epochs=0.5), 7, 3).num_steps == 4
-        assert Timetable(OptimConfig(max_steps=3), 7, 3).num_steps == 3
+        assert Schedule(OptimConfig(epochs=0.5), 7, 3).num_steps == 4
+        assert Schedule(OptimConfig(max_steps=3), 7, 3).num_steps == 3
 
     def test_checkpoints(self) -> None:
-        timetable = Timetable(OptimConfig(epochs=2), 4, every_steps=3)
-        assert [done for done in range(9) if timetable.saves_after(done)] == [3, 6, 8]
+        schedule = Schedule(OptimConfig(epochs=2), 4, every_steps=3)
+        assert [done for done in range(9) if schedule.is_checkpoint_step(done)] == [3, 6, 8]

@@ -13,9 +13,12 @@ PACKAGE = REPOSITORY / "chatlora"
 # From the ground up. A room imports from its own layer and from those below it.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "cache", "progress"}),
-    frozenset({"config", "config_files", "run_directory"}),
+    frozenset({"config", "config_files", "run_directory", "run_lock", "embedded_model"}),
+    frozenset({"reading"}),
+    frozenset({"rendering"}),
     frozenset({"data"}),
-    frozenset({"claim", "model"}),
+    frozenset({"distributed"}),
+    frozenset({"model"}),
     frozenset({"chatglm3", "training", "evaluation"}),
     frozenset({"commands", "__init__", "__main__"}),
 )
@@ -25,12 +28,12 @@ WITHOUT_TORCH = (
     "chatlora.config",
     "chatlora.config_files",
     "chatlora.run_directory",
-    "chatlora.data.conversation",
-    "chatlora.data.formats",
-    "chatlora.data.sources",
+    "chatlora.reading.conversation",
+    "chatlora.reading.formats",
+    "chatlora.reading.sources",
     "chatlora.data.batches",
     "chatlora.evaluation.metrics",
-    "chatlora.training.timetable",
+    "chatlora.training.schedule",
     "train",
     "evaluate",
 )

@@ -15,7 +15,18 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FILES = ("README.md", "README.zh.md")
-FOLDERS = ("data", "model", "chatglm3", "training", "evaluation", "pages", "commands")
+FOLDERS = (
+    "reading",
+    "rendering",
+    "data",
+    "distributed",
+    "model",
+    "chatglm3",
+    "training",
+    "evaluation",
+    "pages",
+    "commands",
+)
 
 
 def tree() -> str:

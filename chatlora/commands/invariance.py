@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from chatlora.config_files import HELP, help_text, load_config
-from chatlora.training.signals import StopSignals
+from chatlora.distributed.signals import StopSignals
 
 if TYPE_CHECKING:
     from chatlora.training.invariance import Certificate
@@ -24,22 +24,22 @@ def run(argv: Sequence[str]) -> None:
     if set(HELP) & set(argv):
         print(help_text(USAGE))
         return
-    signals = StopSignals.installed()
-    loaded = load_config(argv, default="demo")
+    with StopSignals() as signals:
+        loaded = load_config(argv, default="demo")
 
-    from chatlora.training import invariance
-    from chatlora.training import runtime as engine
+        from chatlora.distributed.runtime import start
+        from chatlora.training.invariance import certify, with_exact_draws
 
-    config = invariance.with_exact_draws(loaded.config)
-    runtime = engine.start(config, signals)
+        config = with_exact_draws(loaded.config)
+        runtime = start(config, signals)
 
-    def say(line: str) -> None:
+        def say(line: str) -> None:
+            if runtime.is_main:
+                print(line, file=sys.stderr, flush=True)
+
+        certificate = certify(config, runtime, say)
         if runtime.is_main:
-            print(line, file=sys.stderr, flush=True)
-
-    certificate = invariance.certify(config, runtime, say)
-    if runtime.is_main:
-        show(certificate)
+            show(certificate)
     if not certificate.holds:
         sys.exit(1)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from chatlora.data.examples import IGNORE_INDEX, Example
+from chatlora.rendering.examples import IGNORE_INDEX, Example
 
 FILLER = Example(input_ids=[0], labels=[IGNORE_INDEX])  # an empty micro-batch: a rank runs it to enter the collectives
 

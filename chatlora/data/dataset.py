@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 
 from chatlora.config import DataConfig, Source
-from chatlora.data.conversation import Conversation
 from chatlora.data.evaluation_set import EvalSample, prepare_evaluation_data
-from chatlora.data.examples import TOO_LONG, Example
 from chatlora.data.ledger import SourceAccount, ledger_of, refuse_lost_sources, summary_lines
-from chatlora.data.rendering import Renderer
-from chatlora.data.sources import Unread
 from chatlora.data.store import ExampleStore, Stored, built_once, write_examples
-from chatlora.data.survey import Input, code_digest, digest, inputs_of, survey
-from chatlora.data.watching import watched
 from chatlora.data.workers import Effort, Outcome, Work, num_workers, outcomes
 from chatlora.errors import DataError
+from chatlora.progress import track
+from chatlora.reading.conversation import Conversation
+from chatlora.reading.scan import Input, code_digest, digest, inputs_of, scan
+from chatlora.reading.sources import Unread
+from chatlora.rendering.examples import TOO_LONG, Example
+from chatlora.rendering.renderer import Renderer
 
 __all__ = [
     "EvalSample",
@@ -103,7 +103,7 @@ def prepare_training_data(
     share = data.validation if isinstance(data.validation, float) else 0.0
     inputs = inputs_of(data.train, "train")
     separate = inputs_of(data.validation, "validation") if not isinstance(data.validation, float) else []
-    found = survey([*inputs, *separate], cache / "data", data.on_bad_row)
+    found = scan([*inputs, *separate], cache / "data", data.on_bad_row)
     renderer = make_renderer(found.any_reasoning)
 
     stores = [_rendered(inputs, data, renderer, cache, sum(found.rows[: len(inputs)]), say)]
@@ -148,7 +148,7 @@ def _rendered(
             for number, each in enumerate(inputs)
             for row in each.conversations(data.system, unread[number])
         )
-        found = watched(outcomes(numbered, work, num_workers(total), effort, say), "rendering", total)
+        found = track(outcomes(numbered, work, num_workers(total), effort, say), "rendering", total)
         write_examples(folder, _entered(found, accounts))
         for account, rows in zip(accounts, unread, strict=True):
             account.put_unread_aside(rows or [])

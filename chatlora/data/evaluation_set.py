@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from chatlora.config import OnBadRow, OverLength, Source, Supervise
-from chatlora.data.conversation import Conversation
-from chatlora.data.examples import PROMPT_TOO_LONG, EvalExample
 from chatlora.data.ledger import SourceAccount, ledger_of, refuse_lost_sources
-from chatlora.data.rendering import Renderer
-from chatlora.data.sources import Unread, read_conversations
-from chatlora.data.watching import watched
 from chatlora.errors import DataError, SetAside
+from chatlora.progress import track
+from chatlora.reading.conversation import Conversation
+from chatlora.reading.sources import Unread, read_conversations
+from chatlora.rendering.examples import PROMPT_TOO_LONG, EvalExample
+from chatlora.rendering.renderer import Renderer
 
 CUT_REFERENCE = "a reference longer than max_new_tokens"
 
@@ -99,7 +99,7 @@ def _conversations(
     for source, account, bad in zip(sources, accounts, unread, strict=True):
         rows = read_conversations(source, system=system, split="test", set_aside=bad)
         try:
-            for conversation in watched(rows, f"rendering {source.path}", None):
+            for conversation in track(rows, f"rendering {source.path}", None):
                 account.rows_read += 1
                 yield account, conversation
         except DataError as error:

@@ -5,15 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from chatlora.data.control_text import PRIVATE, READ_AS_CONTROL
-from chatlora.data.examples import NO_REPLY_FITS, NO_TARGET_LEFT, PROMPT_TOO_LONG, TOO_LONG
-from chatlora.data.limits import TOO_MUCH
-from chatlora.data.parts import DROPS
-from chatlora.data.proof import CANNOT_SPELL, FAILED
-from chatlora.data.sources import Unread
-from chatlora.data.template import RAISES
-from chatlora.data.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTINUED
 from chatlora.errors import DataError
+from chatlora.reading.sources import Unread
+from chatlora.rendering.control_text import PRIVATE, READ_AS_CONTROL
+from chatlora.rendering.examples import NO_REPLY_FITS, NO_TARGET_LEFT, PROMPT_TOO_LONG, TOO_LONG
+from chatlora.rendering.limits import TOO_MUCH
+from chatlora.rendering.message_parts import DROPS
+from chatlora.rendering.proof import CANNOT_SPELL, FAILED
+from chatlora.rendering.template import RAISES
+from chatlora.rendering.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTINUED
 
 MOST_SET_ASIDE = 0.5  # of a source's rows; beyond, the model and the data do not fit each other
 UNREAD = "the row cannot be read"

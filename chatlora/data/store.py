@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
-from chatlora.data.examples import IGNORE_INDEX, Example
 from chatlora.errors import DataError
+from chatlora.rendering.examples import IGNORE_INDEX, Example
 
 ROWS_PER_BATCH = 256  # examples in one record batch: what a lookup divides by
 EXAMPLES = "examples.arrow"

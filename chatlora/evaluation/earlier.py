@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from chatlora.data.survey import inputs_of
 from chatlora.evaluation.command_line import Request
 from chatlora.evaluation.console import show_scores
 from chatlora.evaluation.metrics import Scores
+from chatlora.reading.scan import inputs_of
 from chatlora.run_directory import read_status
 
 

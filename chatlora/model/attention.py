@@ -11,9 +11,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from chatlora.data.collate import pack
-from chatlora.data.examples import Example
+from chatlora.data.loader import to_device
+from chatlora.distributed.zero3 import full_shape
 from chatlora.model.cpu_attention import QUICKEST, CausalAttention
-from chatlora.model.spread import full_shape
+from chatlora.rendering.examples import Example
 
 PACKED = "chatlora_packed"
 PROBE_LENGTHS = (37, QUICKEST.start + 13)  # on a CPU each takes another kernel
@@ -192,10 +193,7 @@ def _packed(*conversations: list[int]) -> dict[str, Any]:
 
 
 def _logits(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
-    on_device = {
-        name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
-    }
-    logits: torch.Tensor = model(**on_device, use_cache=False).logits
+    logits: torch.Tensor = model(**to_device(batch, model.device), use_cache=False).logits
     return logits.float()
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from chatlora.model.spread import is_spread
+from chatlora.distributed.zero3 import is_sharded
 
 
 def make_lean(model: nn.Module) -> None:
@@ -48,7 +48,7 @@ class LeanLinear(Linear):  # type: ignore[misc]
             return None
         expand = self.lora_B[adapter]
         # An engine may gather a layer's weights for that layer's own forward pass only, as DeepSpeed's stage 3 does.
-        is_part = is_spread(expand.weight) or isinstance(expand.weight, DTensor)
+        is_part = is_sharded(expand.weight) or isinstance(expand.weight, DTensor)
         return None if expand.bias is not None or is_part else adapter
 
     def _casts(self, x: torch.Tensor, adapter: str) -> bool:

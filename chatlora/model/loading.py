@@ -18,12 +18,12 @@ from transformers import (
 from transformers.utils import logging
 
 from chatlora.config import ModelConfig
-from chatlora.data.rendering import Renderer
-from chatlora.data.template import chat_template_of, resolve_template_kwargs
+from chatlora.embedded_model import embedded_model
 from chatlora.errors import ModelError
-from chatlora.model.demo import embedded_model
+from chatlora.model.adapter_folder import names_from_checkpoint, why_not_fitting
 from chatlora.model.lora import without_false_alarms
-from chatlora.model.serving import names_from_checkpoint, why_not_fitting
+from chatlora.rendering.renderer import Renderer
+from chatlora.rendering.template import chat_template_of, resolve_template_kwargs
 
 EMBEDDED = "embedded:"
 

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from chatlora.config import LoraConfig
+from chatlora.distributed.zero3 import num_elements
 from chatlora.errors import ModelError
-from chatlora.model.spread import num_elements
 from chatlora.model.targets import WRAPPED, adaptable_layers, find_targets
 
 
@@ -47,11 +47,7 @@ def add_lora(base: PreTrainedModel, lora: LoraConfig, seed: int, revision: str |
         revision=revision,
     )
     torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # of PEFT 0.21's own making
-        warnings.filterwarnings(
-            "ignore", ".*rank_pattern keys did not match", RuntimeWarning
-        )  # it looks at layers only
+    with without_false_alarms():
         try:
             model = get_peft_model(base, settings, autocast_adapter_dtype=True)
         except ValueError as error:

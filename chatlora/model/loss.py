@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from chatlora.data.examples import IGNORE_INDEX
 from chatlora.model.attention import PACKED
 from chatlora.model.lean_lora import make_lean
+from chatlora.rendering.examples import IGNORE_INDEX
 
 CHUNK = 256  # target rows whose logits exist at a time
 

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from chatlora.distributed.zero3 import full_shape
 from chatlora.errors import ModelError, did_you_mean
-from chatlora.model.spread import full_shape
 
 ALL_LINEAR = "all-linear"
 WRAPPED = ".base_layer"  # PEFT's name for what it put itself around

@@ -22,10 +22,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from chatlora.distributed.engines import MOMENTS
 from chatlora.errors import CheckpointError
 from chatlora.run_directory import sync
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 MANIFEST, PROGRESS, ADAPTER, STATE = "manifest.json", "progress.json", "adapter.safetensors", "moments.safetensors"
 SIGNED = (ADAPTER, STATE, PROGRESS)
 NAME = re.compile(r"step-(\d{6,})")

@@ -19,11 +19,12 @@ from torch.nn.functional import cross_entropy
 from chatlora.config import Config
 from chatlora.data.batches import Batch, GlobalBatches, Indices
 from chatlora.data.dataset import ExampleSet, Say
-from chatlora.data.examples import IGNORE_INDEX
+from chatlora.data.loader import Loader
+from chatlora.distributed.runtime import Runtime
 from chatlora.model.attention import PACKED
 from chatlora.model.lora import trainable
-from chatlora.training import stage
-from chatlora.training.runtime import Runtime
+from chatlora.rendering.examples import IGNORE_INDEX
+from chatlora.training import setup
 from chatlora.training.state import adapter_parameters
 
 Computed = tuple[float, dict[str, torch.Tensor]]  # a loss and a gradient by parameter name
@@ -82,16 +83,17 @@ def with_exact_draws(config: Config) -> Config:
 
 def certify(config: Config, runtime: Runtime, say: Say) -> Certificate:
     """Compute the first global batch of a configuration in every way. `config`: as `with_exact_draws` makes it."""
-    tokenizer, _, data = stage.load_data(config, runtime, say)
-    runtime, adapted = stage.load_model(config, runtime, tokenizer, data, say)
+    config, tokenizer, _, data = setup.load_data(config, runtime, say)
+    adapted, padded = setup.load_model(config, runtime, tokenizer, data, say)
     _add_noise(adapted, config.run.seed)
-    batches = stage.batches_of(config, runtime, data.train)
-    plain = None if runtime.is_spread else plainly(adapted, runtime, data.train, batches[0])
-    bench = Bench(runtime, adapted, data.train, batches)
+    loader, _ = setup.loaders(config, runtime, data, padded)
+    batches = loader.batches(config.optim.global_batch_size, config.run.seed)
+    plain = None if runtime.is_sharded else plainly(adapted, runtime, data.train, batches[0])
+    bench = Bench(config, runtime, adapted, loader, batches)
     reference = Way(1, None, padded=True, checkpointing=config.model.gradient_checkpointing)
     wanted_loss, wanted = plain or bench.measure(reference)
     outcomes = []
-    for way in ways(runtime, bench.longest):
+    for way in ways(loader, bench.longest):
         say(f"computing: {way}")
         loss, gradient = bench.measure(way)
         count = bench.batch(way).num_micro_batches
@@ -107,11 +109,11 @@ def certify(config: Config, runtime: Runtime, say: Say) -> Certificate:
     )
 
 
-def ways(runtime: Runtime, longest: int) -> Iterator[Way]:
+def ways(loader: Loader, longest: int) -> Iterator[Way]:
     """Every way at hand: a smaller and the configured budget, both layouts if both are right, one and all processes."""
-    for num_processes in sorted({1, runtime.num_processes}):
-        for token_budget in sorted({longest, runtime.token_budget}):
-            for padded in (True,) if runtime.padded else (False, True):
+    for num_processes in sorted({1, loader.num_processes}):
+        for token_budget in sorted({longest, loader.token_budget}):
+            for padded in (True,) if loader.padded else (False, True):
                 for checkpointing in (False, True):
                     yield Way(num_processes, token_budget, padded, checkpointing)
 
@@ -135,11 +137,19 @@ def plainly(adapted: PeftModel, runtime: Runtime, examples: ExampleSet, batch: B
 class Bench:
     """The prepared model, and what a way makes of it."""
 
-    def __init__(self, runtime: Runtime, adapted: PeftModel, examples: ExampleSet, batches: GlobalBatches) -> None:
-        self.runtime, self.examples, self.adapted, self.batches = runtime, examples, adapted, batches
+    def __init__(
+        self, config: Config, runtime: Runtime, adapted: PeftModel, loader: Loader, batches: GlobalBatches
+    ) -> None:
+        self.runtime, self.adapted, self.loader, self.batches = runtime, adapted, loader, batches
         self.own_attention = adapted.get_base_model().config._attn_implementation
-        self.model, self.optimizer = stage.hand_over(adapted, runtime, lr=0.0, weight_decay=0.0, betas=(0.0, 0.999))
-        self.longest = int(examples.lengths[batches[0].indices].max())
+        self.model, self.optimizer = setup.prepare_for_engine(
+            config.with_values("optim", weight_decay=0.0),
+            runtime,
+            adapted,
+            packed=not loader.padded,
+            betas=(0.0, 0.999),
+        )
+        self.longest = int(loader.examples.lengths[batches[0].indices].max())
 
     def batch(self, way: Way) -> Batch:
         """The same examples whatever the way, dealt to its processes and cut by its budget."""
@@ -152,7 +162,7 @@ class Bench:
     def measure(self, way: Way, *, mean_of_means: bool = False) -> Computed:
         """The loss of the batch and the gradient by parameter name. Collective, and moves no weight."""
         batch = self.batch(way)
-        runtime = replace(self.runtime, padded=way.padded)
+        runtime, loader = self.runtime, replace(self.loader, padded=way.padded)
         self.adapted.get_base_model().set_attn_implementation(self.own_attention if way.padded else PACKED)
         _set_checkpointing(self.adapted, way.checkpointing)
         self.model.train()
@@ -162,7 +172,7 @@ class Bench:
         repeated = runtime.num_processes // way.num_processes
         parts = sum(len(share) for share in shares) // repeated
         loss = runtime.zero()
-        for index, micro_batch in enumerate(runtime.fetch(self.examples, shares)):
+        for index, micro_batch in enumerate(loader.fetch(shares)):
             with runtime.accumulating(self.model, last=index + 1 == len(shares[0])):
                 own = (micro_batch["labels"] != IGNORE_INDEX).sum().clamp(min=1) * parts
                 divisor = (own if mean_of_means else batch.num_targets) * repeated
@@ -172,7 +182,7 @@ class Bench:
         runtime.clip_gradients(self.model, math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        (total,) = runtime.sum(loss)
+        (total,) = runtime.all_reduce_sum(loss)
         parameters = adapter_parameters(runtime, self.model)
         return total, {name: runtime.read(self.optimizer, each)["exp_avg"] for name, each in parameters.items()}
 

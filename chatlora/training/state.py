@@ -3,16 +3,20 @@
 Every function here is collective: all ranks call it. Rank 0 alone reads and writes the disk, and tells the others.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from chatlora.config import CheckpointConfig
+from chatlora.distributed.engines import WEIGHT
+from chatlora.distributed.runtime import Runtime
+from chatlora.distributed.zero3 import full_shape
 from chatlora.errors import CheckpointError
 from chatlora.model.lora import trainable
 from chatlora.model.loss import TargetLoss
-from chatlora.model.spread import full_shape
 from chatlora.run_directory import RunDirectory
 from chatlora.training.checkpoint import (
     MOMENTS,
@@ -24,8 +28,6 @@ from chatlora.training.checkpoint import (
     sweep,
     write_checkpoint,
 )
-from chatlora.training.engines import WEIGHT
-from chatlora.training.runtime import Runtime
 
 
 def save_checkpoint(
@@ -56,12 +58,16 @@ def restore_newest(
     runtime: Runtime,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    filler: Mapping[str, Any],
 ) -> int:
-    """Put the state of the newest good checkpoint into model and optimizer. Returns its step, 0 on a fresh run."""
+    """Put the state of the newest good checkpoint into model and optimizer. Returns its step, 0 on a fresh run.
+
+    filler: a micro-batch without a target.
+    """
     found = _find(checkpoint.resume, run) if runtime.is_main else None
-    step = int(runtime.share("" if found is None else str(found.step)) or 0)
+    step = int(runtime.broadcast_text("" if found is None else str(found.step)) or 0)
     if step:
-        _scatter(runtime, model, optimizer, step, found)
+        _scatter(runtime, model, optimizer, step, found, filler)
     return step
 
 
@@ -91,17 +97,22 @@ def gather(runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer,
 
 
 def _scatter(
-    runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, state: Checkpoint | None
+    runtime: Runtime,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    state: Checkpoint | None,
+    filler: Mapping[str, Any],
 ) -> None:
     """Rank 0's state onto every rank, one tensor at a time."""
     parameters = adapter_parameters(runtime, model)
     shapes = {name: full_shape(parameter) for name, parameter in parameters.items()}
     if state is not None and {name: tensor.shape for name, tensor in state.adapter.items()} != shapes:
         raise CheckpointError(f"the checkpoint of step {step} holds another adapter than this configuration makes")
-    runtime.make_moments(model, optimizer)
+    runtime.make_moments(model, optimizer, filler)
     for name, parameter in parameters.items():
         known = {} if state is None else {WEIGHT: state.adapter[name], **{k: state.moments[k][name] for k in MOMENTS}}
-        values = {kind: runtime.spread(shapes[name], known.get(kind)) for kind in (WEIGHT, *MOMENTS)}
+        values = {kind: runtime.broadcast(shapes[name], known.get(kind)) for kind in (WEIGHT, *MOMENTS)}
         runtime.write(optimizer, parameter, step, values)
 
 

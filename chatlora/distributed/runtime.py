@@ -1,0 +1,263 @@
+"""The processes, devices and precision of a run: the verbs of the loop, whatever engine carries them out."""
+
+import hashlib
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import accelerate
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from chatlora.config import Config, RunConfig
+from chatlora.distributed import engines
+from chatlora.distributed.deepspeed import engine_settings, notes
+from chatlora.distributed.launch_checks import check_launch
+from chatlora.distributed.launch_info import is_installed, launch_info_of
+from chatlora.distributed.signals import StopSignals
+from chatlora.errors import LaunchError, Problem
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What `accelerate launch` set up. Every method that talks to other ranks must be called on every rank."""
+
+    accelerator: Accelerator
+    dtype: torch.dtype  # of the base model; the adapter, its gradients and moments are fp32 in any case
+    signals: StopSignals
+    slow_group: Any = None  # the process group of `barrier`
+    notes: tuple[str, ...] = ()  # what the launcher's settings said and is decided here
+    sharded_loading: Any = None  # zero3: while it lives, transformers spreads a model over the processes as it loads it
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def num_processes(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.accelerator.device)
+
+    @property
+    def engine(self) -> str:
+        return engines.engine_of(self.accelerator)
+
+    @property
+    def precision(self) -> str:
+        return "fp32" if self.dtype == torch.float32 else "bf16"
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        return None if self.dtype == torch.float32 else self.dtype
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the base model only, so that a forward pass takes all of them."""
+        return self.engine in ("zero3", "fsdp2")
+
+    def move_to_device(self, model: ModelT) -> ModelT:
+        """Onto the device, where the engine does not do that itself, a part to each process."""
+        return model if self.is_sharded else model.to(self.device)
+
+    def for_generation(self, model: ModelT) -> ModelT:
+        """A model that is only asked to generate, whole or spread as the engine has it."""
+        return engines.shard_for_generation(self.accelerator, model) if self.engine == "fsdp2" else model
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        prepared: tuple[nn.Module, torch.optim.Optimizer] = self.accelerator.prepare(model, optimizer)
+        return prepared
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        unwrapped: nn.Module = self.accelerator.unwrap_model(model)
+        return unwrapped
+
+    @contextmanager
+    def evaluating(self, model: nn.Module) -> Iterator[None]:
+        model.eval()
+        with torch.no_grad():
+            yield
+        model.train()
+
+    def seed_draws(self, seed: int, step: int, micro_batch: int) -> None:
+        """Dropout is a function of (seed, step, micro-batch, rank): nothing about random state is ever stored."""
+        digest = hashlib.blake2b(f"{seed} {step} {micro_batch} {self.rank}".encode(), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(digest) % 2**63)
+
+    def zero(self) -> torch.Tensor:
+        return torch.zeros((), device=self.device)
+
+    @contextmanager
+    def accumulating(self, model: nn.Module, *, last: bool) -> Iterator[None]:
+        """Gradients cross ranks in the last backward pass of a step only."""
+        # Accelerate's own `accumulate` counts calls over the whole run and misplaces the boundary when the number of
+        # micro-batches varies: accelerate issue 1847.
+        self.accelerator.sync_gradients = last
+        with nullcontext() if last else self.accelerator.no_sync(model):
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients add up over micro-batches and ranks. DeepSpeed also updates, in a step's last one.
+
+        An infinite loss may have a finite gradient, which DeepSpeed would apply: it becomes NaN here, 0 * inf.
+        """
+        self.accelerator.backward(loss * (self.num_processes + 0 * loss.detach()))  # every engine averages over ranks
+
+    def clip_gradients(self, model: nn.Module, max_grad_norm: float) -> float:
+        """The global norm before clipping. Waits for the device: once a step.
+
+        DeepSpeed has clipped already, to the same norm, and where it is not finite, moved nothing on any rank.
+        """
+        return float(self.accelerator.clip_grad_norm_(model.parameters(), max_grad_norm))
+
+    def all_reduce_sum(self, *values: torch.Tensor) -> list[float]:
+        """Sums over all ranks, in one reduction. Scalars -> floats."""
+        return [float(value) for value in self.accelerator.reduce(torch.stack(values), "sum")]
+
+    def stop_requested(self) -> torch.Tensor:
+        """1 if a signal asked this process to stop, else 0."""
+        return torch.tensor(float(self.signals.requested), device=self.device)
+
+    def free(self) -> None:
+        """Let go of prepared models and optimizers, so that others find room."""
+        self.accelerator.free_memory()
+
+    def barrier(self) -> None:
+        """Wait for every process, for a day if need be: rendering takes its time, and not the same everywhere."""
+        if self.slow_group is not None:
+            torch.distributed.barrier(self.slow_group)
+
+    def broadcast_bool(self, answer: bool) -> bool:
+        """Rank 0's answer, on every rank."""
+        return self.broadcast_text("yes" if answer else "") == "yes"
+
+    def broadcast(self, shape: torch.Size, value: torch.Tensor | None) -> torch.Tensor:
+        """Rank 0's fp32 tensor on every rank; the others give None."""
+        here = torch.empty(shape, device=self.device) if value is None else value.to(self.device, torch.float32)
+        whole: torch.Tensor = accelerate.utils.broadcast(here) if self.num_processes > 1 else here
+        return whole
+
+    def reshard(self, model: nn.Module) -> None:
+        """Before parameters are read or written: those that a forward pass left gathered are spread again."""
+        engines.reshard(model)
+
+    def read(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """The whole weight and its moments, fp32 copies on the CPU."""
+        return engines.read(self.accelerator, optimizer, parameter)
+
+    def write(
+        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, step: int, values: Mapping[str, torch.Tensor]
+    ) -> None:
+        """What `read` gave, back into its place; the same values on every rank."""
+        engines.write(self.accelerator, optimizer, parameter, step, values)
+
+    def make_moments(self, model: nn.Module, optimizer: torch.optim.Optimizer, filler: Mapping[str, Any]) -> None:
+        """Have an engine that makes its moments in its first step make them now, in a step that moves nothing.
+
+        filler: a micro-batch without a target.
+        """
+        if engines.has_moments(self.accelerator, optimizer):
+            return
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        with self.accumulating(model, last=True):
+            self.backward(model(**filler))
+
+    def broadcast_text(self, text: str) -> str:
+        """Rank 0's text, on every rank. Sent as bytes: nothing is unpickled."""
+        if self.num_processes == 1:
+            return text
+        raw = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        size = accelerate.utils.broadcast(torch.tensor([len(raw)], device=self.device))
+        raw = raw if self.is_main else torch.zeros(int(size), dtype=torch.uint8, device=self.device)
+        return bytes(accelerate.utils.broadcast(raw).tolist()).decode()
+
+    def peak_memory_bytes(self) -> int:
+        """The most this process has held: on the GPU where there is one, else in main memory."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource  # not on Windows
+
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return int(kilobytes if platform.system() == "Darwin" else kilobytes * 1024)
+
+    def hardware(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        capabilities = torch.cpu.get_capabilities()
+        vectors = [name for name in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2") if capabilities.get(name)]
+        name = capabilities.get("cpu_name", platform.processor())
+        return f"{name}, {os.cpu_count()} cores, {vectors[0] if vectors else 'no vector unit known'}"
+
+
+def start(config: Config, signals: StopSignals) -> Runtime:
+    """The Runtime for whatever launched this process: python, torchrun or accelerate launch, on GPU or CPU.
+
+    Raises LaunchError, before anything is loaded, where the launch is not what was meant or contradicts the settings.
+    """
+    info = launch_info_of(config)
+    _refuse(check_launch(info))
+    if info.deepspeed is not None and not is_installed("deepspeed"):
+        raise LaunchError(
+            'DeepSpeed was asked for and is not installed: pip install -c constraints.txt -e ".[deepspeed]"'
+        )
+    settings = None if info.deepspeed is None else engine_settings(info.deepspeed, config.optim.max_grad_norm)
+    accelerator = engines.start_accelerator(settings)
+    info = replace(info, engine=engines.engine_of(accelerator), num_processes=int(accelerator.num_processes))
+    _refuse(check_launch(info))
+    device = torch.device(accelerator.device)
+    if device.type == "cpu":
+        _use_cores(config.run.cpu_threads, accelerator.num_processes)
+    dtype = resolve_precision(config.run, device)
+    return Runtime(
+        accelerator,
+        dtype,
+        signals,
+        slow_group=engines.slow_barrier_group(accelerator),
+        notes=tuple(notes(info.deepspeed or {})),
+        sharded_loading=engines.load_sharded(accelerator, dtype) if info.engine == "zero3" else None,
+    )
+
+
+def _refuse(problems: Sequence[Problem]) -> None:
+    if problems:
+        raise LaunchError(*map(str, problems))
+
+
+def _use_cores(threads: Literal["auto"] | int, num_processes: int) -> None:
+    """`accelerate launch` exports OMP_NUM_THREADS=1, whatever the machine has."""
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // processes_here) if threads == "auto" else threads)
+
+
+def resolve_precision(run: RunConfig, device: torch.device) -> torch.dtype:
+    """The base model's dtype."""
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if run.precision == "fp32":
+        return torch.float32
+    if run.precision == "bf16" or launcher == "bf16" or multiplies_bf16(device):
+        return torch.bfloat16
+    return torch.float32
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 natively: CUDA since Ampere, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False

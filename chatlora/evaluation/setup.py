@@ -1,0 +1,214 @@
+"""What happens before the generation pass and after it: from a Request to the actors of `generate`, and to scores."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from chatlora.cache import cache_root
+from chatlora.data.evaluation_set import EvalSample, prepare_evaluation_data
+from chatlora.data.ledger import summary_lines
+from chatlora.distributed.runtime import Runtime
+from chatlora.distributed.zero3 import layer_by_layer, refuse_stacked_experts
+from chatlora.errors import OutOfMemoryError
+from chatlora.evaluation.command_line import BASE, Request
+from chatlora.evaluation.console import GenerationProgress, show_samples, show_scores
+from chatlora.evaluation.earlier import inputs_of_request
+from chatlora.evaluation.generation import (
+    Budget,
+    Model,
+    Results,
+    all_stop_ids,
+    batch_budget,
+    collate,
+    cost,
+    greedy_settings,
+    group,
+    only_these_settings,
+)
+from chatlora.evaluation.scoring import score_into, told_in
+from chatlora.evaluation.sharding import collect, mark_complete, open_parts, remove_parts, shard_batches
+from chatlora.model.adapter_folder import as_adapter_was_trained
+from chatlora.model.loading import find_adapter, load_adapter, load_base_model, load_tokenizer, renderer_for
+from chatlora.reading.scan import inputs_of, scan
+from chatlora.rendering.renderer import Renderer
+
+
+@dataclass(frozen=True)
+class Actors:
+    """Who plays in `generate`, for one process."""
+
+    runtime: Runtime
+    model: Model
+    tokenizer: PreTrainedTokenizerBase
+    samples: Sequence[EvalSample]
+    share: Sequence[
+        Sequence[EvalSample]
+    ]  # the batches of this process; empty ones where it only keeps the others company
+    settings: GenerationConfig
+    budget: Budget
+    facts: dict[str, Any]  # what scores.json says beside the scores
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """input_ids, attention_mask: [B, P], left-padded; samples and output_ids, which no model may see."""
+        for batch in self.share:
+            yield collate(batch, self.settings.pad_token_id)
+
+    @contextmanager
+    def on_stage(self, name: str, part: Path) -> Iterator[Results]:
+        """Within, the model is what `name` says, and what it answers goes into `part`, this process's file."""
+        with ExitStack() as within:
+            within.enter_context(layer_by_layer(self.model))
+            within.enter_context(only_these_settings(self.model))
+            within.enter_context(out_of_memory_told(self.budget))
+            if name == BASE:
+                within.enter_context(self.model.disable_adapter())
+            progress = within.enter_context(self._progress(name))
+            yield Results(part, self.tokenizer, self.settings.eos_token_id, progress)
+        mark_complete(part)
+
+    @contextmanager
+    def _progress(self, name: str) -> Iterator[Callable[[Sequence[EvalSample], int], None]]:
+        """Process 0 shows how far its own share is."""
+        longest = self.settings.max_new_tokens
+        whole = sum(cost(batch, longest) for batch in self.share if batch)
+        if not self.runtime.is_main or not whole:
+            yield lambda samples, num_tokens: None
+            return
+        title = f"generating, {name}"
+        bar = GenerationProgress(title, sum(len(batch) for batch in self.share), whole)
+        try:
+            yield lambda samples, num_tokens: bar.advance(len(samples), cost(samples, longest), num_tokens)
+        finally:
+            bar.close()
+
+
+def set_up(request: Request, runtime: Runtime) -> Actors:
+    """The rows rendered and proved, the model and its adapter loaded, the samples dealt in batches to the processes."""
+    say = _say if runtime.is_main else _say_nothing
+    adapter = None if request.adapter is None else find_adapter(request.adapter)
+    if adapter is not None and not request.of_run:  # a run's config says it all
+        model_settings = as_adapter_was_trained(request.config.model, adapter)
+        request = replace(request, config=request.config.model_copy(update={"model": model_settings}))
+    config = request.config
+    tokenizer = load_tokenizer(config.model, adapter)
+    renderer = _renderer(request, tokenizer)
+    samples, ledger = _samples(request, renderer)
+    for line in summary_lines(ledger):
+        say(line)
+    model: Model = runtime.move_to_device(load_base_model(config.model, dtype=runtime.dtype)).eval()
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+        refuse_stacked_experts(model)
+    fitting = batch_budget(model, runtime.device)
+    model = runtime.for_generation(model)
+
+    longest = config.evaluation.max_new_tokens
+    stop_ids = all_stop_ids(model, tokenizer, renderer.stop_ids)
+    pad_token_id = min(stop_ids) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    fair = max(1, -(-len(samples) // runtime.num_processes))  # no process is idle for want of a batch
+    tokens = int(runtime.broadcast_text(str(fitting.tokens)))  # free memory differs, and all must cut the same batches
+    budget = Budget(request.max_tokens_per_batch or tokens, min(fitting.rows, fair))
+    batches = group(samples, budget, longest)
+    shares = [
+        shard_batches(batches, lambda batch: cost(batch, longest), rank, runtime.num_processes)
+        for rank in range(runtime.num_processes)
+    ]
+    mine = shares[runtime.rank]
+    if runtime.is_sharded:  # a forward pass takes all processes: they generate equally often
+        mine = [*mine, *[[]] * (max(map(len, shares)) - len(mine))]
+    references = sum(len(sample.references) for sample in samples)
+    _note_limit(model, max(len(sample.input_ids) for sample in samples) + longest, say)
+    say(f"{len(samples):,} prompts with {references:,} references in {len(batches):,} batches; {runtime.precision}")
+    settings = greedy_settings(longest, stop_ids, pad_token_id)
+    facts = {
+        "data": [source.path for source in request.sources],
+        "set_aside": sum(len(source["set_aside"]) for source in ledger["sources"]),
+        "decoding": {"greedy": True, "max_new_tokens": longest, "stop_ids": stop_ids, "precision": runtime.precision},
+        "rendering": renderer.fingerprint,
+        "inputs": inputs_of_request(replace(request, adapter=adapter)),
+    }
+    return Actors(runtime, model, tokenizer, samples, mine, settings, budget, facts)
+
+
+def _note_limit(model: Model, needed: int, say: Callable[[str], None]) -> None:
+    limit = model.config.get_text_config(decoder=True).to_dict().get("max_position_embeddings")
+    if limit is not None and needed > limit:
+        say(
+            f"the longest prompt and its answer may take {needed:,} tokens, but the model was made for {limit:,}: "
+            "lower --max_new_tokens or --max_prompt_length"
+        )
+
+
+def _renderer(request: Request, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+    # A run's config says what its template was told, whatever the test rows carry.
+    inputs, cache = inputs_of(request.sources, "test"), cache_root() / "data"
+    any_reasoning = request.of_run or scan(inputs, cache, request.config.data.on_bad_row).any_reasoning
+    return renderer_for(tokenizer, request.config.model, any_reasoning=any_reasoning)
+
+
+def _samples(request: Request, renderer: Renderer) -> tuple[list[EvalSample], dict[str, Any]]:
+    config = request.config
+    samples, ledger = prepare_evaluation_data(
+        request.sources,
+        renderer,
+        max_prompt_length=config.evaluation.max_prompt_length or config.data.max_length,
+        max_new_tokens=config.evaluation.max_new_tokens,
+        over_length=config.data.over_length,
+        supervise=config.data.supervise,
+        system=config.data.system,
+        on_bad_row=config.data.on_bad_row,
+    )
+    return samples, ledger
+
+
+@contextmanager
+def open_folders(folders: Mapping[str, Path], runtime: Runtime) -> Iterator[dict[str, Path]]:
+    """The files that this process writes to, by what is evaluated. status.json in each folder tells how it stands."""
+    with ExitStack() as within:
+        for folder in folders.values() if runtime.is_main else ():
+            within.enter_context(told_in(folder))
+        yield open_parts(folders, runtime.rank, runtime.num_processes, runtime.accelerator.wait_for_everyone)
+
+
+def score_and_show(actors: Actors, request: Request) -> None:
+    """All processes' parts merged, scored, written, and shown side by side. For process 0."""
+    wanted = [(sample.id, sample.turn) for sample in actors.samples]
+    predictions, scores = {}, {}
+    for name, folder in request.folders.items():
+        merged = collect(folder, actors.runtime.num_processes, wanted)
+        facts = request.evaluated(name) | actors.facts
+        predictions[name], scores[name] = score_into(folder, merged, request.config.evaluation.style, facts)
+        remove_parts(folder)
+    console = Console()
+    show_samples(console, predictions)
+    show_scores(console, scores)
+    for name, folder in request.folders.items():
+        console.print(f"{name}: written to {folder}", highlight=False, markup=False)
+
+
+@contextmanager
+def out_of_memory_told(budget: Budget) -> Iterator[None]:
+    """Out of memory becomes a sentence that names the setting to lower and its value."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(
+            f"a batch of up to {budget.rows} prompts and {budget.tokens:,} tokens does not fit; lower "
+            f"--max_tokens_per_batch (now {budget.tokens}) or --max_new_tokens",
+            " ".join(str(error).split())[:300],
+        ) from error
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _say_nothing(line: str) -> None:
+    pass

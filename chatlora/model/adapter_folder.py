@@ -1,0 +1,238 @@
+"""An adapter as others load it: names as the checkpoint has them, and the check that what was saved is what works.
+
+A server loads the class that the checkpoint's `architectures` names. Where that is another one than was trained, as
+for Qwen3.5 (`Qwen3_5ForConditionalGeneration`, whose layers are under `model.language_model`), an adapter under the
+trained model's names is ignored without a word.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
+from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import ValidationError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+from chatlora.config import ModelConfig
+from chatlora.data.collate import pack
+from chatlora.data.loader import to_device
+from chatlora.distributed.zero3 import is_sharded
+from chatlora.errors import ModelError
+from chatlora.model.attention import PACKED
+from chatlora.model.lora import without_false_alarms
+from chatlora.rendering.examples import Example
+
+WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+REOPENED = "reopened"
+SETTINGS = "chatlora.json"  # what the template was told: without it the same template writes other prompts
+PROBE = Example(input_ids=list(range(1, 33)), labels=list(range(1, 33)))
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def served_class(base: PreTrainedModel) -> type[PreTrainedModel]:
+    """The class that the checkpoint's config.json names first; that of `base` where it names none that is known."""
+    return _served(base)[0]
+
+
+def names_from_checkpoint(base: PreTrainedModel) -> dict[str, str]:
+    """PEFT's `key_mapping` from the names of a saved adapter to those in `base`; empty where they are the same."""
+    ours, theirs = _prefixes(base)
+    return {} if ours == theirs else {rf"^{re.escape(theirs)}\.": f"{ours}."}
+
+
+def save_adapter(model: PeftModel, weights: Tensors, folder: Path) -> None:
+    """Write a PEFT adapter from full tensors by parameter name, as `trainable` names them, under served names."""
+    # PEFT would reach for the hub to learn whether the embeddings were resized; they never are here.
+    model.save_pretrained(folder, state_dict=dict(weights), save_embedding_layers=False)
+    ours, theirs = (f"{PEFT_PREFIX}{prefix}." for prefix in _prefixes(model.get_base_model()))
+    if ours != theirs:
+        tensors = load_file(folder / WEIGHTS)
+        renamed = {name.replace(ours, theirs, 1) if name.startswith(ours) else name: t for name, t in tensors.items()}
+        save_file(renamed, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def save_template_settings(folder: Path, chat_template_kwargs: Mapping[str, Any], day: date | None) -> None:
+    settings = {
+        "chat_template_kwargs": dict(chat_template_kwargs),
+        "chat_template_date": None if day is None else day.isoformat(),
+    }
+    text = json.dumps(settings, ensure_ascii=False, indent=2)
+    (folder / SETTINGS).write_text(text + "\n", encoding="utf-8")
+
+
+def as_adapter_was_trained(model: ModelConfig, adapter: Path) -> ModelConfig:
+    """`model` with the template's settings from beside the adapter; as it is where none were saved.
+
+    The revision is the adapter's too where it was trained on this model and `model` names none. Raises ModelError
+    where the settings cannot be read.
+    """
+    trained = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    values = model.model_dump()
+    if model.revision is None and trained.get("base_model_name_or_path") == model.name_or_path:
+        values["revision"] = trained.get("revision")
+    if (adapter / SETTINGS).is_file():
+        try:
+            values |= json.loads((adapter / SETTINGS).read_text(encoding="utf-8"))
+            return ModelConfig.model_validate(values)
+        except (ValueError, TypeError, ValidationError) as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(f"{adapter / SETTINGS} cannot be used: {reason}; bring it back, or remove it") from None
+    return ModelConfig.model_validate(values)
+
+
+def save_generation_config(base: PreTrainedModel, stop_ids: tuple[int, ...], folder: Path) -> None:
+    """The base's generation settings with every token that ends a reply."""
+    settings = base.generation_config.to_diff_dict() | {"eos_token_id": list(stop_ids)}
+    try:
+        GenerationConfig(**settings).save_pretrained(folder)
+    except ValueError:  # of a checkpoint whose settings contradict each other: that must not cost a trained adapter
+        kept = ("bos_token_id", "eos_token_id", "pad_token_id")
+        GenerationConfig(**{name: settings[name] for name in kept if name in settings}).save_pretrained(folder)
+
+
+def why_not_served(model: PeftModel, weights: Tensors, folder: Path, autocast_dtype: torch.dtype | None) -> str | None:
+    """None if the adapter in `folder` is `weights` for whoever opens it, else what is wrong with it: half a sentence.
+
+    Its names and shapes are those that PEFT gives the served class, built without memory. PEFT opens it a second time
+    on the loaded base, where it must hold the same tensors at the same scale and change the logits; this needs a model
+    that is whole on this process, and is left out where an engine has spread it.
+    """
+    fault = _wrong_names(model.get_base_model(), folder) or _wrong_values(weights)
+    if fault or not all(_is_whole(parameter) for parameter in model.parameters()):
+        return fault
+    with torch.no_grad(), torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+        return _wrong_effect(model, weights, folder)
+
+
+def why_not_fitting(base: PreTrainedModel, folder: Path) -> str | None:
+    """None if every tensor of the adapter in `folder` has its place in `base` and none is left without one.
+
+    Else half a sentence. Nothing is put on `base`: names and shapes are those of a copy without memory. Raises
+    ValueError where the adapter's settings cannot be met by this model at all.
+    """
+    with torch.device("meta"):
+        skeleton = type(base)(base.config)
+    found = load_peft_weights(str(folder), device="cpu", key_mapping=names_from_checkpoint(base) or None)
+    return _compared({name: list(tensor.shape) for name, tensor in found.items()}, skeleton, folder)
+
+
+def _wrong_names(base: PreTrainedModel, folder: Path) -> str | None:
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    return _compared(found, _skeleton(base), folder)
+
+
+def _compared(found: Mapping[str, list[int]], skeleton: PreTrainedModel, folder: Path) -> str | None:
+    """What is wrong with tensors of these names and shapes, as the adapter in `folder` on `skeleton`."""
+    served, settings = type(skeleton).__name__, PeftConfig.from_pretrained(str(folder))
+    settings.base_model_name_or_path = None  # PEFT warns where it is another name than the skeleton's, which has none
+    with torch.device("meta"), without_false_alarms():
+        opened = get_peft_model(skeleton, settings, low_cpu_mem_usage=True)
+    wanted = {n: list(t.shape) for n, t in get_peft_model_state_dict(opened, save_embedding_layers=False).items()}
+    # PEFT may save whole embeddings beside an adapter, and puts them in place of the model's own.
+    known = wanted | {n: list(t.shape) for n, t in opened.state_dict().items() if "lora_" not in n}
+    unknown, missing = sorted(found.keys() - known.keys()), sorted(wanted.keys() - found.keys())
+    if unknown or missing:
+        return (
+            f"{served} would ignore {len(unknown)} of its tensors ({', '.join(unknown[:2])}) and lack {len(missing)} "
+            f"({', '.join(missing[:2])})"
+        )
+    misshapen = [name for name, shape in found.items() if shape != known[name]]
+    return f"{misshapen[0]} has another shape in {served}" if misshapen else None
+
+
+def _wrong_values(weights: Tensors) -> str | None:
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if broken:
+        return f"{broken[0]} is not finite"
+    return None if any(t.any() for name, t in weights.items() if "lora_B" in name) else "it is zero"
+
+
+def _wrong_effect(model: PeftModel, weights: Tensors, folder: Path) -> str | None:
+    with _opened_again(model, folder) as incomplete:
+        if incomplete:
+            return incomplete
+        tensors = dict(model.named_parameters())
+        for name, tensor in weights.items():
+            if not torch.equal(tensors[name.replace(".default", f".{REOPENED}")].cpu(), tensor.cpu()):
+                return f"{name} is another tensor once it is opened again"
+        for name, module in model.named_modules():
+            if isinstance(module, BaseTunerLayer) and module.scaling["default"] != module.scaling[REOPENED]:
+                return f"{name} has another scale once it is opened again"
+        adapted = _logits(model)
+        with model.disable_adapter():
+            alone = _logits(model)
+    return "it changes no logit" if torch.equal(adapted, alone) else None
+
+
+@contextmanager
+def _opened_again(model: PeftModel, folder: Path) -> Iterator[str | None]:
+    """The saved adapter on the same base, active within, beside the trained one. Yields what it lacks."""
+    was_training = model.training
+    model.eval()
+    mapping = names_from_checkpoint(model.get_base_model())
+    with without_false_alarms():
+        result = model.load_adapter(folder, REOPENED, torch_device=str(model.device), key_mapping=mapping or None)
+    model.set_adapter(REOPENED)
+    lacking = [*result.missing_keys, *result.unexpected_keys]
+    try:
+        yield f"PEFT finds no place or no value for {lacking[0]}" if lacking else None
+    finally:
+        model.set_adapter("default")
+        model.delete_adapter(REOPENED)
+        model.train(was_training)
+
+
+def _logits(model: PeftModel) -> torch.Tensor:
+    packed = model.get_base_model().config._attn_implementation == PACKED
+    batch = pack([PROBE]) if packed else {"input_ids": torch.tensor([PROBE.input_ids])}
+    batch.pop("labels", None)
+    logits: torch.Tensor = model(**to_device(batch, model.device), use_cache=False).logits
+    return logits
+
+
+def _is_whole(parameter: torch.Tensor) -> bool:
+    """DeepSpeed's stage 3 leaves empty tensors in the place of parameters, FSDP2 leaves each process its part."""
+    return not is_sharded(parameter) and not isinstance(parameter, torch.distributed.tensor.DTensor)
+
+
+def _served(base: PreTrainedModel) -> tuple[type[PreTrainedModel], transformers.PreTrainedConfig]:
+    if not base.name_or_path:
+        return type(base), base.config
+    revision = vars(base.config).get("_commit_hash")  # as loading.load_base_model leaves it there
+    config = AutoConfig.from_pretrained(
+        base.name_or_path, revision=revision, local_files_only=True, trust_remote_code=False
+    )
+    found = getattr(transformers, (config.architectures or [""])[0], None)
+    return (type(base), base.config) if found is None else (found, config)
+
+
+def _skeleton(base: PreTrainedModel) -> PreTrainedModel:
+    """The served model on the meta device: names and shapes, no memory."""
+    served, config = _served(base)
+    with torch.device("meta"):
+        return served(config)
+
+
+def _prefixes(base: PreTrainedModel) -> tuple[str, str]:
+    """Where the language model's layers are in `base`, and where in the served class."""
+    if served_class(base) is type(base):
+        return "", ""
+    return _prefix(base), _prefix(_skeleton(base))
+
+
+def _prefix(model: PreTrainedModel) -> str:
+    decoder = model.get_decoder()
+    (prefix,) = (name for name, module in model.named_modules() if module is decoder)
+    return str(prefix)

@@ -1,0 +1,70 @@
+"""`lora.init_from`: an adapter to go on from, as the first weights of a new one of the same shape."""
+
+import hashlib
+
+from peft import LoraConfig as PeftLoraConfig
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+
+from chatlora.config import LoraConfig
+from chatlora.errors import ModelError
+from chatlora.model.adapter_folder import WEIGHTS, names_from_checkpoint
+from chatlora.model.loading import find_adapter
+from chatlora.model.lora import kind_of, without_false_alarms
+
+
+def start_from(model: PeftModel, lora: LoraConfig) -> None:
+    """Put the weights of `lora.init_from` into a fresh adapter.
+
+    Raises ModelError that names the settings in which the two adapters differ.
+    """
+    assert lora.init_from is not None
+    adapter = find_adapter(lora.init_from)
+    mapping = names_from_checkpoint(model.get_base_model())
+    tensors = load_peft_weights(str(adapter), device="cpu", key_mapping=mapping or None)
+    problems = _other_settings(model, PeftConfig.from_pretrained(str(adapter)))
+    problems = problems or _other_layers(model, {name: list(tensor.shape) for name, tensor in tensors.items()})
+    if problems:
+        raise ModelError(*(f"lora.init_from: {adapter} does not fit: {problem}" for problem in problems))
+    with without_false_alarms():
+        set_peft_model_state_dict(model, tensors)
+
+
+def init_fingerprint(lora: LoraConfig) -> str | None:
+    """sha256:... of the weights under `lora.init_from`; None where no adapter is named."""
+    if lora.init_from is None:
+        return None
+    with (find_adapter(lora.init_from) / WEIGHTS).open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def _other_settings(model: PeftModel, there: PeftConfig) -> list[str]:
+    here = model.peft_config["default"]
+    if not isinstance(there, PeftLoraConfig) or there.use_dora:
+        return ["it is no plain LoRA adapter"]
+    variant = {True: "rslora", False: None}
+    compared = {
+        "rank": (here.r, there.r),
+        "alpha": (here.lora_alpha, there.lora_alpha),
+        "variant": (variant[here.use_rslora], variant[there.use_rslora]),
+    }
+    return [f"lora.{name} is {mine}, but {theirs} there" for name, (mine, theirs) in compared.items() if mine != theirs]
+
+
+def _other_layers(model: PeftModel, found: dict[str, list[int]]) -> list[str]:
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wanted = {name: list(tensor.shape) for name, tensor in state.items()}
+    only_here, only_there = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    misshapen = [name for name in wanted.keys() & found.keys() if wanted[name] != found[name]]
+    if only_here or only_there:
+        return [f"lora.target_modules reaches {_layers(only_here)} besides, and not {_layers(only_there)} as there"]
+    return [f"{name} is {wanted[name]}, but {found[name]} there" for name in sorted(misshapen)[:3]]
+
+
+def _layers(names: list[str]) -> str:
+    return ", ".join(dict.fromkeys(kind_of(name.split(".lora_")[0]) for name in names)) or "nothing"

@@ -1,0 +1,103 @@
+"""The first look: every row of every source parsed once, before anything is rendered.
+
+It finds all mistakes of all sources, counts the rows, and sees whether any carries reasoning, which decides what the
+chat template is told. What it found is kept in the cache, by the contents of the sources.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from chatlora.config import OnBadRow, Source
+from chatlora.errors import DataError
+from chatlora.progress import track
+from chatlora.reading.conversation import Conversation
+from chatlora.reading.sources import Unread, fingerprint, read_conversations
+
+MAKERS = ("reading", "rendering", "data")  # the folders whose code decides what an example is
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A source with its use (the split of a hub data set that names none) and the sha256 of its contents."""
+
+    source: Source
+    split: str
+    sha256: str
+
+    @property
+    def identity(self) -> list[Any]:
+        """All that its conversations and their places depend on."""
+        source = self.source
+        columns = sorted(source.columns.items())
+        return [source.path, self.sha256, source.format, columns, source.split or self.split]
+
+    def conversations(self, system: str | None = None, set_aside: list[Unread] | None = None) -> Iterator[Conversation]:
+        return read_conversations(self.source, system=system, split=self.split, set_aside=set_aside)
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """rows: how many that can be read each input has."""
+
+    any_reasoning: bool
+    rows: list[int]
+
+
+def inputs_of(sources: Sequence[Source], split: str) -> list[Input]:
+    return [Input(source, split, fingerprint(source, split=split)) for source in sources]
+
+
+def scan(inputs: Sequence[Input], cache_folder: Path, on_bad_row: OnBadRow = "error") -> Scan:
+    """Parse every row, or recall what that found. Raises one DataError with all mistakes of all sources."""
+    key = digest([code_digest(), on_bad_row, [each.identity for each in inputs]])
+    path = cache_folder / f"scan-{key}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        try:
+            return Scan(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            found = _look(inputs, on_bad_row)  # not there yet, or broken
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(found)), encoding="utf-8")
+        partial.replace(path)
+    return found
+
+
+def _look(inputs: Sequence[Input], on_bad_row: OnBadRow) -> Scan:
+    rows: list[int] = []
+    problems: list[str] = []
+    any_reasoning = False
+    for each in inputs:
+        rows.append(0)
+        set_aside: list[Unread] | None = None if on_bad_row == "error" else []
+        try:
+            for conversation in track(each.conversations(set_aside=set_aside), f"reading {each.source.path}", None):
+                rows[-1] += 1
+                any_reasoning = any_reasoning or any(message.reasoning for message in conversation.messages)
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(*problems)
+    return Scan(any_reasoning, rows)
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def code_digest() -> str:
+    """sha256 of the code that makes examples and the versions it stands on: what other code made is not its own."""
+    package = Path(__file__).parents[1]
+    modules = sorted(module for folder in MAKERS for module in (package / folder).glob("*.py"))
+    own = [[module.name, hashlib.sha256(module.read_bytes()).hexdigest()] for module in modules]
+    return digest([own, [[name, version(name)] for name in ("transformers", "tokenizers", "jinja2")]])

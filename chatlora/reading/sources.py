@@ -1,0 +1,209 @@
+"""Files, folders, globs, the package's own data and hub data sets -> rows and conversations, each with its place.
+
+Rows are read one at a time, whatever the size of a source. A path that exists, or looks like a file, never touches
+the network.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from chatlora.config import Source
+from chatlora.errors import DataError, did_you_mean
+from chatlora.reading.conversation import Conversation, Message
+from chatlora.reading.files import READERS, BadRow, Rows, without_nulls
+from chatlora.reading.formats import parse_row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+EMBEDDED = "embedded:"
+MOST_PROBLEMS = 10_000  # reading stops after so many mistakes
+ENDINGS = ", ".join(READERS)
+OTHER_ENDINGS = (".txt", ".gz", ".zst", ".xz", ".zip", ".tar", ".arrow", ".xlsx", ".yaml", ".yml", ".md", ".py")
+_HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(:[\w.-]+)?")
+
+
+class Unread(NamedTuple):
+    """A row that cannot be read, and why."""
+
+    place: str
+    problem: str
+
+
+def read_rows(source: Source, *, split: str = "train") -> Iterator[tuple[Mapping[str, Any], str]]:
+    """`(row, place)` of every row, in order. `split` is that of a hub data set whose source names none.
+
+    After the first row that cannot be read it yields nothing more, looks for further ones, and raises DataError.
+    """
+    problems: list[str] = []
+    for row, place in _rows(source, split):
+        if isinstance(row, BadRow):
+            problems.append(f"{place}: {row.problem}")
+            _stop_at_too_many(problems)
+        elif not problems:
+            yield row, place
+    if problems:
+        raise DataError(*problems)
+
+
+def read_conversations(
+    source: Source, *, system: str | None = None, split: str = "train", set_aside: list[Unread] | None = None
+) -> Iterator[Conversation]:
+    """The conversations of a source, in order; `system` is put before those that have no system message.
+
+    `set_aside` takes the rows that cannot be read. Where there is none, or where nothing behind such a row can be read
+    either, it is a mistake: after the first one nothing more is yielded, further ones are looked for, and one DataError
+    is raised with all.
+    """
+    problems: list[str] = []
+    for row, place in _rows(source, split):
+        conversation, found, ends = None, [], False
+        if isinstance(row, BadRow):
+            found, ends = [f"{place}: {row.problem}"], row.ends
+        else:
+            try:
+                conversation = parse_row(row, format=source.format, columns=source.columns, place=place)
+            except DataError as error:
+                found = list(error.problems)
+        if found and set_aside is not None and not ends:
+            set_aside.append(Unread(place, "; ".join(problem.removeprefix(f"{place}: ") for problem in found)))
+        else:
+            problems += found
+        if problems:
+            _stop_at_too_many(problems)
+        elif conversation is not None:
+            yield _with_system(conversation, system)
+    if problems:
+        raise DataError(*problems)
+
+
+def fingerprint(source: Source, *, split: str = "train") -> str:
+    """sha256 over the contents of a source's files (of a hub data set: over its files in the local cache)."""
+    digest = hashlib.sha256()
+    files = _files(source)
+    if files is None:
+        digest.update((source.split or split).encode())
+        files = [(path, "") for path in _hub_files(_hub_dataset(source, split))]
+    for path, _ in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _stop_at_too_many(problems: list[str]) -> None:
+    if len(problems) >= MOST_PROBLEMS:
+        raise DataError(*problems, "reading stopped here: too many mistakes")
+
+
+def _with_system(conversation: Conversation, system: str | None) -> Conversation:
+    if system is None or any(message.role == "system" for message in conversation.messages):
+        return conversation
+    return replace(conversation, messages=(Message("system", system), *conversation.messages))
+
+
+def _rows(source: Source, split: str) -> Rows:
+    empty = True
+    for row, place in _hub_rows(source, split) if (files := _files(source)) is None else _file_rows(files):
+        empty = False
+        yield row, place
+    if empty:
+        yield BadRow("holds no rows; was it written to the end, and is it the right file?", ends=True), source.path
+
+
+def _file_rows(files: list[tuple[Path, str]]) -> Rows:
+    for path, name in files:
+        try:
+            yield from READERS[path.suffix.lower()](path, name)
+        except OSError as error:
+            yield BadRow(f"cannot be read ({error.strerror or error}); look at its permissions", ends=True), name
+
+
+def _files(source: Source) -> list[tuple[Path, str]] | None:
+    """The files of a source, sorted, each with the name that its places begin with; None for a hub data set."""
+    named = source.path
+    if named.startswith(EMBEDDED):
+        return [(_embedded_file(named), named)]
+    path = Path(named).expanduser()
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if _is_data(file.relative_to(path)) and file.is_file())
+    elif path.exists():
+        found = [path]
+    elif any(character in named for character in "*?["):
+        found = sorted(file for file in _matching(path) if file.is_file())
+    elif _looks_like_file(named, path):
+        raise DataError(f"{named}: no such file or folder under {path.absolute().parent}{_similar(path)}")
+    else:
+        return None
+    if not found:
+        raise DataError(f"{named}: no data file is there; files are known by their endings: {ENDINGS}")
+    unknown = [file for file in found if file.suffix.lower() not in READERS]
+    if unknown:
+        raise DataError(
+            *(f"{file}: not a data file that chatlora reads; the endings are {ENDINGS}" for file in unknown)
+        )
+    if source.split is not None:
+        raise DataError(f"{named}: `split` ({source.split}) is for data sets of the hub; name the file itself")
+    return [(file, str(file)) for file in found]
+
+
+def _embedded_file(named: str) -> Path:
+    presets = Path(__file__).parents[1] / "presets"
+    path = presets / named.removeprefix(EMBEDDED)
+    if not path.is_file() or not path.resolve().is_relative_to(presets.resolve()):
+        known = sorted(f"{EMBEDDED}{file.relative_to(presets).as_posix()}" for file in presets.rglob("*.jsonl"))
+        raise DataError(f"{named}: not in the package{did_you_mean(named, known) or ';'} it holds {', '.join(known)}")
+    return path
+
+
+def _matching(pattern: Path) -> Iterator[Path]:
+    return Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
+
+
+def _is_data(path: Path) -> bool:
+    return path.suffix.lower() in READERS and not any(part.startswith(".") for part in path.parts)
+
+
+def _looks_like_file(named: str, path: Path) -> bool:
+    """Whether a path that does not exist was meant as one. A hub name is NAME, OWNER/NAME or OWNER/NAME:CONFIG."""
+    if path.suffix.lower() in (*READERS, *OTHER_ENDINGS) or not _HUB_NAME.fullmatch(named):
+        return True
+    return "/" in named and path.parent.is_dir()
+
+
+def _similar(path: Path) -> str:
+    if not path.parent.is_dir():
+        return "; that folder does not exist either"
+    return did_you_mean(path.name, (file.name for file in path.parent.iterdir()))
+
+
+def _hub_rows(source: Source, split: str) -> Rows:
+    name = f"{source.path}[{source.split or split}]"
+    for number, row in enumerate(_hub_dataset(source, split), start=1):
+        yield without_nulls(row), f"{name}: row {number}"
+
+
+def _hub_dataset(source: Source, split: str) -> "Dataset":
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    name, _, subset = source.path.partition(":")
+    try:
+        return load_dataset(name, subset or None, split=source.split or split)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DataError(
+            f"{source.path}: no such file here, and the hub did not give such a data set ({_one_line(error)}); where "
+            "the hub cannot be reached, set HF_ENDPOINT to a mirror, give the path of a local file, or try the "
+            "built-in demo: train.py without arguments"
+        ) from error
+
+
+def _hub_files(dataset: "Dataset") -> list[Path]:
+    return [Path(file["filename"]) for file in dataset.cache_files]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

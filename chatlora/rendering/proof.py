@@ -1,0 +1,198 @@
+"""The proof that an example teaches what inference will ask for: run on every row, in training too.
+
+It works from the finished ids and labels, by other means than those that made them (decoding instead of offsets, the
+untouched tokenizer, transformers' own `apply_chat_template`), so that a slip in the making is found here.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from chatlora.errors import SetAside
+from chatlora.reading.conversation import Conversation
+from chatlora.rendering.control_text import ControlText, is_masked, unmask
+from chatlora.rendering.examples import IGNORE_INDEX
+from chatlora.rendering.message_parts import end_of_parts, reply_parts
+from chatlora.rendering.template import ChatTemplate
+from chatlora.rendering.turns import Turn
+
+FAILED = "the proof failed: "
+SPANS = FAILED + "the targets are not one span a turn"
+PROMPT = FAILED + "the ids before a target are not those of its prompt"
+REPLY = FAILED + "the targets do not decode to the reply"
+STOP = FAILED + "the targets do not end with a stop token"
+CONTROL = FAILED + "the control tokens are not the template's"
+CANNOT_SPELL = "the tokenizer cannot spell the text"
+BOS = FAILED + "more than one beginning-of-sequence token"
+
+Span = tuple[str, str, tuple[int, ...]]  # a prompt, what must be generated after it, and the messages that this is
+
+
+class Proof:
+    """What a proof needs of tokenizer and template; built once, used for every example."""
+
+    def __init__(self, tokenizer: Any, template: ChatTemplate, text: ControlText, stop_ids: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.spellings = text.spellings
+        self.stop_ids = frozenset(stop_ids)
+        # transformers renders the date of today, whatever the date asked for.
+        self.dated = "strftime_now" in template.text
+        self._canonical_tails = functools.lru_cache(maxsize=1024)(self._canonical)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_canonical_tails"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._canonical_tails = functools.lru_cache(maxsize=1024)(self._canonical)
+
+    def prove(
+        self, ids: Sequence[int], labels: Sequence[int], conversation: Conversation, turns: Sequence[Turn]
+    ) -> None:
+        """Raises SetAside where `ids` and `labels` are not the example of these turns of the conversation.
+
+        Proved: each span of targets is one turn's; the ids in front of it are its prompt's; it decodes to what the
+        template renders, ends with a stop token, and holds the message's text, reasoning and calls; control tokens
+        stand where the template put them and nowhere else; there is at most one BOS.
+        """
+        spans = _spans(ids, labels)
+        joined = _joined(turns)
+        if len(spans) != len(joined):
+            raise SetAside(SPANS, f"{len(spans)} for {len(joined)} of {len(turns)} turns")
+        messages = conversation.as_template_input()
+        done, seen = 0, 0
+        for (start, end), (prompt, reply, indices) in zip(spans, joined, strict=True):
+            self._prove_prompt(ids, done, start, prompt, seen)
+            self._prove_reply(ids[start:end], [messages[index] for index in indices], reply)
+            if ids[end - 1] not in self.stop_ids and not self._opens_next(ids[end - 1], indices[-1], messages):
+                raise SetAside(STOP)
+            done, seen = end, len(prompt) + len(reply)
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and list(ids[:2]) == [bos, bos]:
+            raise SetAside(BOS)
+        start, end = spans[-1]
+        if is_masked(turns[-1].prompt) or is_masked(turns[-1].reply):
+            self._prove_controls(ids[:end], turns[-1])
+        elif list(ids[:start]) != self._inference_ids(messages, conversation.tools, joined[-1]):
+            raise SetAside(PROMPT)
+
+    def _prove_prompt(self, ids: Sequence[int], done: int, start: int, prompt: str, seen: int) -> None:
+        """ids[done:start] spell the rest of the prompt, and its last span is cut into tokens as alone."""
+        if not self._same(self._spelled(ids[done:start]), unmask(prompt[seen:])):
+            # Where the tokenizer loses characters (some know only most bytes), inference loses them too.
+            if is_masked(prompt) or self._canonical(prompt) != tuple(ids[:start]):
+                raise SetAside(PROMPT if self._can_spell(unmask(prompt)) else CANNOT_SPELL)
+            return
+        # Control tokens cut the text before any merge: only what follows the last one depends on where the text ends.
+        last = next((index for index in range(start - 1, -1, -1) if ids[index] in self.spellings), 0)
+        spelling = self.spellings.get(ids[last])
+        position = 0 if spelling is None else prompt.rfind(spelling)
+        tail = prompt[max(position, 0) :]
+        if position < 0 or (not is_masked(tail) and self._canonical_tails(tail) != tuple(ids[last:start])):
+            raise SetAside(PROMPT)
+
+    def _prove_reply(self, targets: Sequence[int], messages: Sequence[dict[str, Any]], masked: str) -> None:
+        spelled, reply = self._spelled(targets), unmask(masked)
+        if not self._same(spelled, reply):
+            raise SetAside(REPLY if self._can_spell(reply) else CANNOT_SPELL)
+        for message in messages:
+            end_of_parts(self._normalized(spelled), reply_parts(self._normalized(message)))
+
+    def _opens_next(self, id: int, index: int, messages: Sequence[dict[str, Any]]) -> bool:
+        """Whether a control token may be the role of the message after `messages[index]`: the GLM family's stop."""
+        return id in self.spellings and index + 1 < len(messages)
+
+    def _prove_controls(self, ids: Sequence[int], turn: Turn) -> None:
+        """The control tokens are those that the untouched tokenizer finds where the messages' text is masked."""
+        encoded = self.tokenizer.backend_tokenizer.encode(turn.prompt + turn.reply, add_special_tokens=False)
+        # Text that no token spells becomes the unknown token, masked text more of it.
+        controls = self.spellings.keys() - {self.tokenizer.unk_token_id}
+        if [id for id in encoded.ids if id in controls] != [id for id in ids if id in controls]:
+            raise SetAside(CONTROL)
+
+    def _inference_ids(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]], span: Span) -> list[int]:
+        """What transformers gives for the messages in front of the span."""
+        prompt, _, (index, *_) = span
+        # transformers takes no empty conversation, and has no generation prompt for what a tool says.
+        if self.dated or index == 0 or messages[index]["role"] != "assistant":
+            return list(self._canonical(prompt))
+        ids: list[int] = self.tokenizer.apply_chat_template(
+            messages[:index],
+            tools=list(tools) or None,
+            chat_template=self.template.text,
+            add_generation_prompt=True,
+            return_dict=False,
+            tokenizer_kwargs={"verbose": False},  # it warns of lengths, which are ours to look at
+            **self.template.kwargs,
+        )
+        return ids
+
+    # ---- decoding
+
+    def _spelled(self, ids: Sequence[int]) -> str:
+        """The text of the ids: control tokens by their names, what stands between them decoded."""
+        decode = self.tokenizer.backend_tokenizer.decode
+        pieces, begin = [], 0
+        for index, id in enumerate(ids):
+            if id in self.spellings:
+                pieces += [decode(list(ids[begin:index]), skip_special_tokens=False), self.spellings[id]]
+                begin = index + 1
+        pieces.append(decode(list(ids[begin:]), skip_special_tokens=False))
+        return "".join(pieces)
+
+    def _can_spell(self, text: str) -> bool:
+        return self._same(self._spelled(self._canonical(text)), text)
+
+    def _same(self, decoded: str, text: str) -> bool:
+        """Equal; or equal after the tokenizer's own normalisation and but for space beside control tokens.
+
+        Some tokenizers put a space there and take it away, or swallow the template's. Where exactly a span begins
+        is proved in ids.
+        """
+        return decoded == text or self._squeezed(decoded) == self._squeezed(text)
+
+    def _squeezed(self, text: str) -> str:
+        pieces, spellings = [text], sorted(set(self.spellings.values()), key=len, reverse=True)
+        for spelling in spellings:
+            if spelling in text:
+                pieces = [part for piece in pieces for part in piece.split(spelling)]
+        return "\0".join(self._normalized(piece).strip() for piece in pieces)
+
+    def _normalized(self, value: Any) -> Any:
+        normalizer = self.tokenizer.backend_tokenizer.normalizer
+        if normalizer is None:
+            return value
+        if isinstance(value, str):
+            # Some put a space in front of any text; in front of a part of a text there is none.
+            return normalizer.normalize_str(value).removeprefix(normalizer.normalize_str("x").removesuffix("x"))
+        if isinstance(value, dict):
+            return {key: self._normalized(item) for key, item in value.items()}
+        return [self._normalized(item) for item in value] if isinstance(value, list) else value
+
+    def _canonical(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _joined(turns: Sequence[Turn]) -> list[Span]:
+    """The turns as they stand in the labels: those that follow each other without a gap are one span there."""
+    joined: list[Span] = []
+    for turn in turns:
+        prompt, reply, indices = joined[-1] if joined else ("", "", ())
+        if joined and turn.prompt == prompt + reply:
+            joined[-1] = (prompt, reply + turn.reply, (*indices, turn.index))
+        else:
+            joined.append((turn.prompt, turn.reply, (turn.index,)))
+    return joined
+
+
+def _spans(ids: Sequence[int], labels: Sequence[int]) -> list[tuple[int, int]]:
+    """The spans of targets, as (start, end). Raises SetAside where a label is not the id beneath it."""
+    if len(ids) != len(labels) or any(label not in (IGNORE_INDEX, id) for id, label in zip(ids, labels, strict=True)):
+        raise SetAside(SPANS, "a label is not its id")
+    target = [label != IGNORE_INDEX for label in labels]
+    starts = [index for index, here in enumerate(target) if here and (index == 0 or not target[index - 1])]
+    ends = [
+        index + 1 for index, here in enumerate(target) if here and (index + 1 == len(target) or not target[index + 1])
+    ]
+    return list(zip(starts, ends, strict=True))

@@ -1,0 +1,284 @@
+"""Conversation + tokenizer -> the token ids that train or test a model, each row proved.
+
+    text      control_text.py   text that spells a control token is masked; ids and where each begins
+    template  template.py       the chat template: messages -> text
+    turns     turns.py          the span of text that each reply is
+    parts     message_parts.py  is all of the message in it?
+    changes   template_edits.py what else the template made of the reply
+    ids       drafts.py         one encoding, spans from offsets
+    lengths   examples.py       what an example is, and what over_length leaves of it
+    proof     proof.py          of every example, by other means
+    bounds    limits.py         on time and memory of it all
+
+Most templates give one example a conversation. A template that renders a reply otherwise once more messages follow
+(Qwen3 drops earlier thoughts), or a token that straddles the end of a prompt, gives that turn an example of its own.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import date
+from time import perf_counter
+from typing import Any
+
+from chatlora.errors import SetAside
+from chatlora.reading.conversation import Conversation
+from chatlora.rendering.control_text import ControlText
+from chatlora.rendering.drafts import draft_alone, drafts_of
+from chatlora.rendering.examples import (
+    IGNORE_INDEX,
+    NO_REPLY_FITS,
+    NO_TARGET_LEFT,
+    PROMPT_TOO_LONG,
+    Draft,
+    EvalExample,
+    Example,
+    OverLength,
+    Rendered,
+    RenderedForEvaluation,
+    Supervise,
+    refuse_hopeless,
+    shortened,
+    too_long,
+)
+from chatlora.rendering.limits import PROBE, bounded, bounds_for
+from chatlora.rendering.proof import Proof
+from chatlora.rendering.template import ChatTemplate, chat_template_of, resolve_template_kwargs, template_messages
+from chatlora.rendering.template_edits import template_edits
+from chatlora.rendering.turns import NO_TARGET, StopTokens, Turn, check_context, read_tool_message, read_turn, targets
+
+__all__ = [
+    "IGNORE_INDEX",
+    "EvalExample",
+    "Example",
+    "Rendered",
+    "RenderedForEvaluation",
+    "Renderer",
+    "render",
+    "render_for_evaluation",
+]
+
+
+class Renderer:
+    """A tokenizer and a chat template, made ready once for every conversation. Picklable.
+
+    `chat_template` overrides the tokenizer's own; `chat_template_kwargs` are used as given (see
+    `template.resolve_template_kwargs` for the default of `enable_thinking`); templates see the date
+    `chat_template_date` (today unless given); `generation_stop_ids` are the eos ids of the model's generation config.
+    Raises ModelError where there is no template, or no fast tokenizer.
+    """
+
+    stop_ids: tuple[int, ...]
+    """Every id that ends a reply: the tokenizer's eos, `generation_stop_ids`, and what the template shows."""
+    proof_seconds: float
+    """Seconds spent in proofs so far."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_date: date | None = None,
+        generation_stop_ids: Sequence[int] = (),
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template_of(tokenizer, chat_template)
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self._template = ChatTemplate(
+            self.chat_template,
+            self.chat_template_kwargs,
+            chat_template_date or date.today(),
+            dict(tokenizer.special_tokens_map),
+        )
+        self._text = ControlText(tokenizer)
+        with bounded(PROBE):
+            self._stops = StopTokens(self._template, self._text.spellings, tokenizer.eos_token_id, generation_stop_ids)
+        self.stop_ids = self._stops.ids
+        self._proof = Proof(tokenizer, self._template, self._text, self.stop_ids)
+        self.proof_seconds = 0.0
+        described = [self._text.digest, self._template.digest(), str(self.stop_ids)]
+        self.fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()
+
+    def render(
+        self,
+        conversation: Conversation,
+        *,
+        max_length: int,
+        over_length: OverLength = "fit",
+        supervise: Supervise = "all",
+    ) -> Rendered:
+        """The conversation's training examples, proved, none longer than `max_length` tokens.
+
+        `over_length`: `fit` keeps as many whole turns from the start as fit; `cut` cuts at `max_length`; `drop` sets
+        the row aside; `error` raises DataError with place, length and remedy. Raises SetAside where the row cannot be
+        rendered exactly or holds no target.
+        """
+        first = targets(conversation, supervise)[0]
+        refuse_hopeless(conversation, first, max_length, over_length)
+        with bounded(bounds_for(conversation), conversation.place):
+            full, turns = self._turns(conversation, supervise)
+            drafts = drafts_of(self._text, full, turns, len(conversation.messages))
+            for draft in drafts:
+                self.prove(draft.example(), conversation, draft.turns)
+        kept = [shortened(draft, max_length, over_length, conversation.place) for draft in drafts]
+        if not any(draft.spans for draft in kept):
+            longest = max(len(draft.ids) for draft in drafts)
+            reason = NO_TARGET_LEFT if over_length == "cut" else NO_REPLY_FITS
+            raise SetAside(reason, f"{longest} tokens, max_length is {max_length}")
+        num_turns = sum(len(draft.spans) for draft in kept)
+        return Rendered(
+            examples=tuple(draft.example() for draft in kept if draft.spans),
+            turns=num_turns,
+            lost_turns=len(turns) - num_turns,
+            lost_targets=sum(draft.num_targets() for draft in drafts) - sum(draft.num_targets() for draft in kept),
+            altered=Counter(kind for draft in kept for turn in draft.turns for kind in turn.altered),
+        )
+
+    def render_for_evaluation(
+        self,
+        conversation: Conversation,
+        *,
+        max_prompt_length: int | None,
+        max_new_tokens: int,
+        over_length: OverLength = "fit",
+        supervise: Supervise = "all",
+    ) -> RenderedForEvaluation:
+        """One sample for each assistant turn that is a target, rendered as the last message and proved.
+
+        A prompt is never cut, whatever `over_length` says: half a question has no reference answer. One longer than
+        `max_prompt_length` (None: no limit) is set aside by name, or raises DataError under `error`. References are
+        whole, but for `cut`, which cuts them at `max_new_tokens` and counts. Raises SetAside as `render` does.
+        """
+        order = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
+        with bounded(bounds_for(conversation), conversation.place):
+            drafts = self._drafts_for_evaluation(conversation, supervise)
+        examples, set_aside, cut = [], [], 0
+        altered: Counter[str] = Counter()
+        for draft in drafts:
+            [(start, _)], [turn] = draft.spans, draft.turns
+            prompt, reference = draft.ids[:start], draft.ids[start:]
+            number = order.index(turn.index)
+            if max_prompt_length is not None and start > max_prompt_length:
+                if over_length == "error":
+                    raise too_long(conversation.place, start, "evaluation.max_prompt_length", max_prompt_length)
+                set_aside.append((number, f"{PROMPT_TOO_LONG} ({start} tokens, the limit is {max_prompt_length})"))
+                continue
+            if over_length == "cut" and len(reference) > max_new_tokens:
+                reference, cut = reference[:max_new_tokens], cut + 1
+            examples.append(EvalExample(prompt, reference, number))
+            altered.update(turn.altered)
+        return RenderedForEvaluation(tuple(examples), tuple(set_aside), cut, altered)
+
+    def prompt_ids(self, conversation: Conversation) -> list[int]:
+        """The ids of the whole conversation and the generation prompt after it."""
+        messages, tools = self._masked(conversation)
+        with bounded(bounds_for(conversation)):
+            return self._text.encode(self._template.render(messages, tools, prompt=True)).ids
+
+    def turns(self, conversation: Conversation, supervise: Supervise = "all") -> list[Turn]:
+        """The supervised turns as text. Raises SetAside as `render` does."""
+        return self._turns(conversation, supervise)[1]
+
+    def prove(self, example: Example, conversation: Conversation, turns: Sequence[Turn]) -> None:
+        """Raises SetAside unless `example` is exactly that of these turns; see `proof.Proof.prove`."""
+        began = perf_counter()
+        try:
+            self._proof.prove(example.input_ids, example.labels, conversation, turns)
+        finally:
+            self.proof_seconds += perf_counter() - began
+
+    # ---- text
+
+    def _masked(self, conversation: Conversation) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        mask = self._text.mask
+        messages = [
+            {key: value if key == "role" else mask(value) for key, value in message.items()}
+            for message in template_messages(conversation.as_template_input())
+        ]
+        return messages, mask(conversation.tools)
+
+    def _turns(self, conversation: Conversation, supervise: Supervise) -> tuple[str, list[Turn]]:
+        indices = targets(conversation, supervise)
+        messages, tools = self._masked(conversation)
+        full = self._template.render(messages, tools, prompt=False)
+        turns = []
+        for index in indices:
+            read = read_turn if conversation.messages[index].role == "assistant" else read_tool_message
+            turn = read(self._template, self._stops, messages, tools, index, full)
+            turns.append(self._with_template_edits(turn, messages))
+        for turn in (turns[0], turns[-1]) if len(turns) > 1 else turns:
+            check_context(self._template, messages, tools, turn)
+        return full, turns
+
+    def _drafts_for_evaluation(self, conversation: Conversation, supervise: Supervise) -> list[Draft]:
+        """One for each assistant turn that is a target, rendered as the last message and proved."""
+        messages, tools = self._masked(conversation)
+        drafts = []
+        for index in self._assistant_targets(conversation, supervise):
+            turn = read_turn(self._template, self._stops, messages[: index + 1], tools, index, None)
+            check_context(self._template, messages, tools, turn)
+            drafts.append(draft_alone(self._text, self._with_template_edits(turn, messages)))
+            self.prove(drafts[-1].example(), conversation, drafts[-1].turns)
+        return drafts
+
+    def _with_template_edits(self, turn: Turn, messages: Sequence[Mapping[str, Any]]) -> Turn:
+        if messages[turn.index]["role"] != "assistant":
+            return turn
+        kinds = template_edits(turn.reply, messages[turn.index], self._text.spellings.values())
+        return replace(turn, altered=kinds) if kinds else turn
+
+    def _assistant_targets(self, conversation: Conversation, supervise: Supervise) -> list[int]:
+        """Those that a model answers: what a tool said may be learned, but is asked of no model."""
+        chosen = targets(conversation, supervise)
+        answers = [index for index in chosen if conversation.messages[index].role == "assistant"]
+        if not answers:
+            raise SetAside(NO_TARGET)
+        return answers
+
+
+def render(
+    conversation: Conversation,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    over_length: OverLength = "fit",
+    supervise: Supervise = "all",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[Example]:
+    """One conversation's training examples, as if it were all of the data (which decides on `enable_thinking`).
+
+    For many conversations build a `Renderer` once.
+    """
+    renderer = _renderer_of(conversation, tokenizer, chat_template_kwargs)
+    rendered = renderer.render(conversation, max_length=max_length, over_length=over_length, supervise=supervise)
+    return list(rendered.examples)
+
+
+def render_for_evaluation(
+    conversation: Conversation,
+    tokenizer: Any,
+    *,
+    max_prompt_length: int | None,
+    max_new_tokens: int,
+    over_length: OverLength = "fit",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[EvalExample]:
+    """One conversation's samples, as if it were all of the data (which decides on `enable_thinking`).
+
+    For many conversations build a `Renderer` once; it also tells what was set aside.
+    """
+    renderer = _renderer_of(conversation, tokenizer, chat_template_kwargs)
+    return list(
+        renderer.render_for_evaluation(
+            conversation, max_prompt_length=max_prompt_length, max_new_tokens=max_new_tokens, over_length=over_length
+        )
+    )
+
+
+def _renderer_of(conversation: Conversation, tokenizer: Any, kwargs: Mapping[str, Any] | None) -> Renderer:
+    any_reasoning = any(message.reasoning for message in conversation.messages)
+    template = chat_template_of(tokenizer, None)
+    resolved = resolve_template_kwargs(template, kwargs or {}, any_reasoning=any_reasoning)
+    return Renderer(tokenizer, chat_template_kwargs=resolved)

@@ -1,0 +1,257 @@
+"""What happens before the first step: from what a person asked for to what the loop takes."""
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import chatlora
+from chatlora.cache import cache_root
+from chatlora.config import Config
+from chatlora.config_files import Loaded, config_text
+from chatlora.data.dataset import PreparedData, Say, prepare_training_data
+from chatlora.data.ledger import summary_lines
+from chatlora.data.loader import Loader
+from chatlora.distributed.runtime import Runtime
+from chatlora.distributed.zero3 import layer_by_layer, num_elements, refuse_stacked_experts
+from chatlora.errors import ConfigError, LaunchError, ModelError
+from chatlora.model.attention import why_not_packed
+from chatlora.model.fingerprint import base_model_fingerprint
+from chatlora.model.loading import (
+    load_base_model,
+    load_tokenizer,
+    refuse_ids_without_row,
+    renderer_for,
+)
+from chatlora.model.lora import add_lora, describe_lora, trainable
+from chatlora.model.lora_init import init_fingerprint, start_from
+from chatlora.model.loss import TargetLoss
+from chatlora.reading.scan import inputs_of, scan
+from chatlora.rendering.renderer import Renderer
+from chatlora.run_directory import RunDirectory, write_text
+from chatlora.run_lock import INPUTS, lock_run, refuse_other_inputs
+from chatlora.training.checkpoint import refuse_full_disk
+from chatlora.training.schedule import Schedule
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
+
+
+def open_run(loaded: Loaded, runtime: Runtime) -> tuple[Config, RunDirectory, bool]:
+    """The config with its run directory and date settled, the directory, and whether the run is finished already.
+
+    Rank 0 decides, from its own disk; the others are told.
+    """
+    lock, told = None, ""
+    if runtime.is_main:
+        (config, finished), lock = lock_run(loaded.config, loaded.name, contents_of)
+        if finished:  # what an evaluation is told may have changed
+            assert config.run.output_dir is not None
+            write_text(config.run.output_dir / "config.yaml", config_text(config))
+        told = json.dumps({"config": config.as_dict(), "finished": finished})
+    answer = json.loads(runtime.broadcast_text(told))
+    config = Config.model_validate(answer["config"])
+    assert config.run.output_dir is not None
+    run = RunDirectory(config.run.output_dir, lock=lock, peak_memory=runtime.peak_memory_bytes)
+    return config, run, answer["finished"]
+
+
+def say_what_runs(runtime: Runtime, run: RunDirectory) -> None:
+    run.say(f"{runtime.num_processes} process(es), {runtime.engine} on {runtime.hardware()}, {runtime.precision}")
+    for note in runtime.notes:
+        run.say(note)
+    run.say(f"run directory {run.path}")
+
+
+def load_data(
+    config: Config, runtime: Runtime, say: Say
+) -> tuple[Config, PreTrainedTokenizerBase, Renderer, PreparedData]:
+    """The rows rendered and proved, on every machine before any goes on, and what rendered them.
+
+    The config says then what the chat template is told.
+    """
+    if not config.data.train:
+        raise ConfigError("data.train names no rows to train on: give a file, a folder or a data set of the hub")
+    tokenizer = load_tokenizer(config.model)
+    if config.evaluation.after_training and config.data.test:  # its mistakes are told before hours of training
+        scan(inputs_of(config.data.test, "test"), cache_root() / "data", config.data.on_bad_row)
+    elif config.evaluation.after_training:
+        say("evaluation.after_training: there will be none, since data.test names no rows")
+    renderers: list[Renderer] = []
+
+    def make_renderer(any_reasoning: bool) -> Renderer:
+        renderers.append(renderer_for(tokenizer, config.model, any_reasoning=any_reasoning))
+        return renderers[0]
+
+    data = prepare_training_data(config.data, config.run.seed, make_renderer, cache=cache_root(), say=say)
+    runtime.barrier()
+    (renderer,) = renderers
+    for line in summary_lines(data.ledger):
+        say(line)
+    share = data.proof_seconds / max(data.seconds, 1e-9)
+    say(f"rendering took {data.seconds:,.1f} s of work when it was done, {share:.0%} of it to prove the targets exact")
+    return (
+        config.with_values("model", chat_template_kwargs=renderer.chat_template_kwargs),
+        tokenizer,
+        renderer,
+        data,
+    )
+
+
+def load_model(
+    config: Config, runtime: Runtime, tokenizer: PreTrainedTokenizerBase, data: PreparedData, say: Say
+) -> tuple[PeftModel, bool]:
+    """The base model with a fresh adapter or that of `lora.init_from`, and whether its batches must be padded."""
+    base = runtime.move_to_device(load_base_model(config.model, dtype=runtime.dtype))
+    padded = is_padded(base, runtime, say)
+    refuse_ids_without_row(base, tokenizer, data.largest_id)
+    adapted = add_lora(base, config.lora, config.run.seed, config.model.revision)
+    refuse_stacked_experts(adapted)
+    if config.lora.init_from is not None:
+        start_from(adapted, config.lora)
+    for line in describe_lora(adapted):
+        say(line)
+    if config.model.gradient_checkpointing:
+        adapted.activation_checkpointing_enable({"use_reentrant": False})
+    return adapted, padded
+
+
+def is_padded(base: PreTrainedModel, runtime: Runtime, say: Say) -> bool:
+    """Packed where the loaded model computes the same packed, else right-padded; said once, with the reason."""
+    with layer_by_layer(base):
+        reason = why_not_packed(base, exact=runtime.dtype == torch.float32)
+    reason = runtime.broadcast_text(reason or "")
+    if reason:
+        say(f"batches are padded: this model cannot be packed here, {reason}")
+    else:
+        say("batches are packed: on this model, probed, conversations do not see each other and nothing is padded")
+    return bool(reason)
+
+
+def loaders(config: Config, runtime: Runtime, data: PreparedData, padded: bool) -> tuple[Loader, Loader | None]:
+    """This process's part of the training rows, and of the held-out ones where there are any."""
+    place = (runtime.rank, runtime.num_processes, token_budget(config, runtime.device), padded, runtime.device)
+    return Loader(data.train, *place), None if data.validation is None else Loader(data.validation, *place)
+
+
+def token_budget(config: Config, device: torch.device) -> int:
+    """Tokens of one micro-batch on one process; `auto` is enough to keep the device busy, and one example at least."""
+    if config.optim.max_tokens_per_micro_batch != "auto":
+        return config.optim.max_tokens_per_micro_batch
+    return max(config.data.max_length, 1024 if device.type == "cpu" else 4096)
+
+
+def prepare_for_engine(
+    config: Config, runtime: Runtime, adapted: PeftModel, *, packed: bool, betas: tuple[float, float] = (0.9, 0.999)
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The loss around the model, and AdamW over its adapter, as the engine wants them. The loop sets learning rates."""
+    with layer_by_layer(adapted):
+        loss = TargetLoss(adapted, packed=packed, autocast_dtype=runtime.autocast_dtype)
+    optimizer = torch.optim.AdamW(
+        list(trainable(loss).values()),
+        lr=0.0,
+        betas=betas,
+        weight_decay=config.optim.weight_decay,
+        fused=runtime.device.type in ("cpu", "cuda"),
+    )
+    return runtime.prepare(loss, optimizer)
+
+
+def describe_run(
+    config: Config,
+    runtime: Runtime,
+    run: RunDirectory,
+    adapted: PeftModel,
+    renderer: Renderer,
+    data: PreparedData,
+    loader: Loader,
+) -> None:
+    """Say what is ahead and write what the run is, after a last look at its inputs on every machine and at the disk."""
+    environment = environment_of(runtime, renderer, data, loader.padded) | {
+        "base_model": base_model_fingerprint(adapted.get_base_model(), config.model.revision),
+        "init_from": init_fingerprint(config.lora),
+    }
+    refuse_other_ranks(runtime, environment)
+    batches = loader.batches(config.optim.global_batch_size, config.run.seed)
+    first, steps = batches[0], Schedule(config.optim, batches.steps_per_epoch, config.checkpoint.every_steps).num_steps
+    run.say(
+        f"{steps:,} steps of {config.optim.global_batch_size} examples; the first: {first.num_tokens:,} tokens in "
+        f"{first.num_micro_batches} micro-batch(es) a process, of at most {loader.token_budget:,} tokens each"
+    )
+    if runtime.is_main:
+        environment |= {"contents": contents_of(config)}
+        refuse_other_inputs(config, environment)
+        size = sum(num_elements(parameter) for parameter in trainable(adapted).values())
+        refuse_full_disk(run.checkpoints, size, config.checkpoint.keep_last)
+    run.describe(config, environment, data.ledger)
+
+
+def contents_of(config: Config) -> dict[str, Any]:
+    """Setting -> sha256 of what stands in the files that it names: found without rendering anything."""
+    data, template = config.data, config.model.chat_template
+    validation = () if isinstance(data.validation, float) else data.validation
+    try:
+        text = None if template is None else hashlib.sha256(template.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ModelError(f"model.chat_template: {template} cannot be read: {error}") from None
+    return {
+        "data.train": [each.sha256 for each in inputs_of(data.train, "train")],
+        "data.validation": [each.sha256 for each in inputs_of(validation, "validation")],
+        "model.chat_template": text,
+    }
+
+
+def refuse_other_ranks(runtime: Runtime, environment: Mapping[str, Any]) -> None:
+    """Raise LaunchError, by name, where a machine without a shared disk has other rows or another model than rank 0."""
+    here = {name: environment[name] for name in INPUTS}
+    there = json.loads(runtime.broadcast_text(json.dumps(here)))
+    different = [what for name, what in INPUTS.items() if here[name] != there[name]]
+    if different:
+        raise LaunchError(*(f"on {platform.node()}, {what} is not what rank 0 has" for what in different))
+
+
+def does_not_fit(config: Config, budget: int) -> str:
+    """What to do where memory runs out in the loop."""
+    checkpointing = "" if config.model.gradient_checkpointing else ", set model.gradient_checkpointing true"
+    return (
+        f"a micro-batch of up to {budget:,} tokens does not fit. Lower optim.max_tokens_per_micro_batch (now "
+        f"{config.optim.max_tokens_per_micro_batch}; no lower than data.max_length, now {config.data.max_length})"
+        f"{checkpointing}, or lower data.max_length"
+    )
+
+
+def environment_of(runtime: Runtime, renderer: Renderer, data: PreparedData, padded: bool) -> dict[str, Any]:
+    """What this run ran on and with: enough to tell two runs apart."""
+    return {
+        "versions": {
+            "chatlora": chatlora.__version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+        },
+        "commit": _commit(),
+        "hardware": runtime.hardware(),
+        "engine": runtime.engine,
+        "num_processes": runtime.num_processes,
+        "precision": runtime.precision,
+        "padded": padded,
+        "threads": torch.get_num_threads(),
+        "rendering": renderer.fingerprint,
+        "data": data.fingerprint,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code runs from, if it is one."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    told = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return told.stdout.strip() or None

@@ -1,0 +1,79 @@
+"""Test rows become one sample a prompt, with every reference, and none is lost without a word."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_dataset import write_rows
+from tiny_tokenizers import CHATML_TOKENS, tiny_tokenizer
+
+from chatlora.config import Source
+from chatlora.data.dataset import prepare_evaluation_data
+from chatlora.errors import DataError
+from chatlora.rendering.renderer import Renderer
+
+PLAIN = Renderer(tiny_tokenizer())
+
+
+def evaluate(path: Path | str, **settings: Any) -> tuple[list[Any], dict[str, Any]]:
+    given = {"max_prompt_length": None, "max_new_tokens": 64, **settings}
+    samples, ledger = prepare_evaluation_data([Source(path=str(path))], PLAIN, **given)
+    return samples, ledger["sources"][0]
+
+
+def test_rows_with_equal_prompts_are_one_sample_with_all_references(shared: Path) -> None:
+    path = shared / "data" / "e2e.jsonl"
+    samples, source = evaluate(path)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    by_prompt: dict[str, dict[str, None]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["prompt"], {})[row["completion"]] = None
+    assert (source["rows_read"], source["rows_used"], len(samples)) == (4672, 4672, 547)
+    decode = PLAIN.tokenizer.decode
+    told = [[decode(ids, skip_special_tokens=True) for ids in sample.references] for sample in samples]
+    assert told == [list(completions) for completions in by_prompt.values()]
+    assert samples[0].id == f"{path}:1#0"
+    assert len({sample.id for sample in samples}) == 547
+
+
+def test_each_turn_of_a_conversation_is_a_sample(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    write_rows(path, 1, turns=3)
+    single = json.dumps({"prompt": "row 0 0", "completion": "x"}) + "\n"
+    path.write_text(single * 2 + path.read_text() * 2)  # equal prompts, but only the first two rows are single turns
+    samples, source = evaluate(path)
+    expected = [f"{path}:1#0", *(f"{path}:{row}#{turn}" for row in (3, 4) for turn in range(3))]
+    assert [sample.id for sample in samples] == expected
+    assert [len(sample.references) for sample in samples] == [1] * 7
+    assert (source["rows_used"], source["turns"]) == (4, 8)
+    assert [sample.turn for sample in evaluate(path, supervise="last")[0]] == [0, 2, 2]
+
+
+def test_rows_that_share_a_place_have_ids_of_their_own(tmp_path: Path) -> None:
+    path, rows = tmp_path / "compact.json", Path(write_rows(tmp_path / "t.jsonl", 3, turns=2)).read_text().splitlines()
+    path.write_text(f"[{', '.join(rows)}]")
+    expected = [f"{place}#{turn}" for place in (f"{path}:1", f"{path}:1: row 2", f"{path}:1: row 3") for turn in (0, 1)]
+    assert [sample.id for sample in evaluate(path)[0]] == expected
+    settings: dict[str, Any] = {"max_prompt_length": None, "max_new_tokens": 64}
+    twice, _ = prepare_evaluation_data([Source(path=str(path))] * 3, PLAIN, **settings)
+    again = [f"{name} ({number})" for number in (2, 3) for name in expected]
+    assert [sample.id for sample in twice] == expected + again
+
+
+def test_long_prompts_and_cut_references_are_named(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "t.jsonl", 2, turns=3)
+    whole, _ = evaluate(path)
+    limit = len(whole[1].input_ids)
+    samples, source = evaluate(path, max_prompt_length=limit)
+    assert [sample.turn for sample in samples] == [0, 1, 0, 1]
+    assert [entry["place"] for entry in source["cut"]] == [f"{path}:1", f"{path}:2"]
+    assert "turn 2" in source["cut"][0]["detail"]
+    with pytest.raises(DataError, match=r"all 2 rows were set aside.*raise evaluation\.max_prompt_length"):
+        evaluate(path, max_prompt_length=3)
+    with pytest.raises(DataError, match="max_prompt_length"):
+        evaluate(path, max_prompt_length=3, over_length="error")
+    samples, source = evaluate(path, max_new_tokens=2, over_length="cut")
+    assert {len(sample.references[0]) for sample in samples} == {2}
+    assert len(source["cut"]) == 2
+    assert CHATML_TOKENS[2] not in PLAIN.tokenizer.decode(samples[0].references[0])

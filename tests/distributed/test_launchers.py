@@ -1,0 +1,192 @@
+"""Signals where a launcher, a shell or a scheduler stands between: real processes, started from outside."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from chatlora.run_directory import LOG, read_log, read_status
+from tests.fork_server import REPOSITORY
+from tests.runs import is_alive, saved, wait_until
+
+
+@contextmanager
+def started(command: list[str], folder: Path, cache: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a session of its own; whatever is left of it at the end is killed."""
+    environment = {**os.environ, "CHATLORA_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def as_from_a_terminal() -> None:  # what a script starts in the background ignores SIGINT, and so do its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=log, stderr=log, preexec_fn=as_from_a_terminal
+        )
+    family: list[int] = []
+    try:
+        wait_until(lambda: has_begun(folder) or process.poll() is not None, 200)
+        assert process.poll() is None, (folder / "log").read_text()
+        family += children_of(process.pid)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        for pid in family:
+            if is_alive(pid) and Path(f"/proc/{pid}/cwd").resolve() == folder.resolve():
+                os.kill(pid, signal.SIGKILL)
+
+
+def launched(config: str, processes: int, *arguments: str) -> list[str]:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(REPOSITORY / "accelerate_configs" / config), "--num_processes", str(processes)]
+    return [*command, "--main_process_port", "0", str(REPOSITORY / "train.py"), *arguments]
+
+
+LONG = ("--optim.epochs", "2000")
+
+
+def has_begun(folder: Path) -> bool:
+    return bool(read_log(folder / "run" / LOG))
+
+
+def is_over(folder: Path) -> bool:
+    return read_status(folder / "run").get("state") != "running"
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("config", "processes", "name"),
+    [
+        ("cpu.yaml", 1, "SIGTERM"),
+        ("cpu.yaml", 1, "SIGINT"),
+        ("cpu.yaml", 1, "SIGUSR1"),
+        ("cpu.yaml", 1, "SIGKILL"),
+        ("multi_gpu.yaml", 2, "SIGTERM"),
+        ("multi_gpu.yaml", 2, "SIGINT"),
+        ("multi_gpu.yaml", 2, "SIGUSR1"),
+        ("multi_gpu.yaml", 2, "SIGKILL"),
+    ],
+)
+def test_a_signal_to_the_launcher_alone_stops_the_run(
+    world: Path, argv: list[str], tmp_path: Path, config: str, processes: int, name: str
+) -> None:
+    """One process: the launcher passes nothing on. SIGUSR1 and SIGKILL: no launcher passes them on. It dies of them."""
+    with started(launched(config, processes, *argv, *LONG), tmp_path, world / "cache") as launcher:
+        workers = children_of(launcher.pid)
+        assert len(workers) >= processes
+        launcher.send_signal(getattr(signal, name))
+        assert launcher.wait(timeout=60) != 0
+        wait_until(lambda: is_over(tmp_path))
+        status = read_status(tmp_path / "run")
+        assert status["state"] == "stopped"
+        assert saved(tmp_path)[-1] == status["step"] == read_log(tmp_path / "run" / LOG)[-1]["step"]
+        wait_until(lambda: not any(is_alive(pid) for pid in workers))
+
+
+def test_a_run_that_a_shell_started_outlives_its_shell(world: Path, argv: list[str], tmp_path: Path) -> None:
+    command = " ".join([sys.executable, str(REPOSITORY / "train.py"), *argv, *LONG])
+    with started(["bash", "-c", f"nohup {command} & echo $! > pid; sleep 300"], tmp_path, world / "cache") as shell:
+        process = int((tmp_path / "pid").read_text())
+        shell.kill()
+        shell.wait()
+        step = read_log(tmp_path / "run" / LOG)[-1]["step"]
+        wait_until(lambda: read_log(tmp_path / "run" / LOG)[-1]["step"] > step + 3)
+        assert read_status(tmp_path / "run")["state"] == "running"
+        os.kill(process, signal.SIGTERM)
+        wait_until(lambda: is_over(tmp_path))
+        assert read_status(tmp_path / "run")["state"] == "stopped"
+
+
+@pytest.mark.parametrize(
+    ("state", "restarts", "requeued", "status"),
+    [
+        ("done", 0, False, 0),
+        ("stopped", 0, True, 0),
+        ("running", 49, True, 0),  # killed before it could say anything
+        ("stopped", 50, False, 1),
+        ("failed", 0, False, 1),
+        (None, 0, False, 1),
+    ],
+)
+@pytest.mark.parametrize("page", ["reliability.md", "multi-node.md"])
+def test_the_slurm_scripts_of_the_docs_queue_again_what_was_stopped(
+    page: str, tmp_path: Path, state: str | None, restarts: int, requeued: bool, status: int
+) -> None:
+    _, _, text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8").partition("<!-- slurm -->")
+    (tmp_path / "job.sh").write_text(text.split("```bash\n")[1].split("```")[0])
+    (tmp_path / "runs" / "my").mkdir(parents=True)
+    told = "true" if state is None else f'echo \'{{"state": "{state}"}}\' > runs/my/status.json; exit 1'
+    for name, body in (("srun", told), ("scontrol", '[ $1 = show ] && echo here || echo "$@" > requeued')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    environment["SLURM_RESTART_COUNT"] = str(restarts)
+    ended = subprocess.run(["bash", "job.sh"], cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert (tmp_path / "requeued").is_file() == requeued
+    assert ended.returncode == status
+    if requeued:
+        assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+
+
+# ---- processes that render
+
+RENDERING = """
+import itertools
+import sys
+from pathlib import Path
+
+from chatlora.reading.conversation import Conversation, Message
+from chatlora.rendering.renderer import Renderer
+from chatlora.data.workers import Effort, Work, outcomes
+from chatlora.errors import run_as_script
+from chatlora.distributed.signals import StopSignals
+from tests.tiny_tokenizers import tiny_tokenizer
+
+
+def main(argv):
+    with StopSignals():
+        render()
+
+
+def render():
+    row = Conversation((Message("user", "Where is Oslo?"), Message("assistant", "In Norway.")), place="rows.jsonl:1")
+    work = Work(Renderer(tiny_tokenizer()), 200, "fit", "all")
+    for _ in outcomes(((0, row) for _ in itertools.count()), work, 2, Effort(), print):
+        Path("begun").touch()
+
+
+if __name__ == "__main__":
+    run_as_script(main)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow), "SIGKILL"])
+def test_processes_that_render_end_with_their_parent(tmp_path: Path, name: str) -> None:
+    """SIGTERM and SIGINT go to the whole group, as launchers and terminals send them; SIGKILL to the parent alone."""
+    (tmp_path / "render.py").write_text(RENDERING)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("wb") as log:
+        command = [sys.executable, "render.py"]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    wait_until(lambda: (tmp_path / "begun").exists() or process.poll() is not None)
+    assert process.poll() is None, (tmp_path / "log").read_text()
+    workers = children_of(process.pid)
+    assert len(workers) >= 2
+    if name == "SIGKILL":
+        process.kill()
+    else:
+        os.killpg(process.pid, getattr(signal, name))
+    assert process.wait(timeout=30) == (-signal.SIGKILL if name == "SIGKILL" else 75), (tmp_path / "log").read_text()
+    wait_until(lambda: not any(is_alive(pid) for pid in workers))

@@ -1,0 +1,241 @@
+"""Every chat template that trl carries, and every kind of conversation: exact, or refused with the reason foreseen.
+
+Run: pytest tests/rendering/test_chat_templates.py. After a change that was meant,
+`python tests/rendering/test_chat_templates.py` writes docs/templates.md anew.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trl
+
+from chatlora.errors import SetAside
+from chatlora.reading.conversation import Conversation, Message, ToolCall
+from chatlora.rendering.renderer import EvalExample, Rendered, Renderer
+from chatlora.rendering.template import resolve_template_kwargs
+from tests.exactness import assert_exact, rendered_ids
+from tests.tiny_tokenizers import control_tokens_in, tiny_tokenizer
+
+TEMPLATES = {
+    path.stem: path.read_text(encoding="utf-8")
+    for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+}
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "templates.md"
+LONG = 1_000_000
+
+EOS = (
+    *("<|im_end|>", "<|eot_id|>", "<|END_OF_TURN_TOKEN|>", "<|end_of_text|>", "<|return|>", "<｜end▁of▁sentence｜>"),
+    *("<end_of_turn>", "<turn|>", "<end_of_utterance>", "</s>", "<|endoftext|>"),
+)
+USER, ANSWER = Message("user", "Hi there, how are you?"), Message("assistant", "I am fine, thanks.")
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "its name"},
+                "days": {"type": "integer", "description": "how many"},
+            },
+            "required": ["city"],
+        },
+    },
+}
+CALL = ToolCall("get_weather", {"city": "São Paulo", "days": 3}, id="call00001")
+CONVERSATIONS = {
+    "text": Conversation((USER, ANSWER)),
+    "system": Conversation((Message("system", "Be brief."), USER, ANSWER)),
+    "space": Conversation((USER, Message("assistant", "\n  I am fine. \n\n"))),
+    "multi-turn": Conversation(
+        (
+            USER,
+            ANSWER,
+            Message("user", "2 + 2?"),
+            Message("assistant", "4"),
+            Message("user", "再见"),
+            Message("assistant", "再见！"),
+        )
+    ),
+    "tools": Conversation(
+        (
+            Message("user", "Weather?"),
+            Message("assistant", "", tool_calls=(CALL,)),
+            Message("tool", "sunny", tool_call_id="call00001", name="get_weather"),
+            Message("assistant", "It is sunny."),
+        ),
+        (TOOL,),
+    ),
+    "reasoning": Conversation(
+        (
+            USER,
+            Message("assistant", "Fine.", reasoning="They ask how I am."),
+            Message("user", "2 + 2?"),
+            Message("assistant", "4", reasoning="Two and two."),
+        )
+    ),
+}
+# Data in which a row carries reasoning is rendered under the template's own default, all of it.
+BESIDE_REASONING = "text beside reasoning"
+CONVERSATIONS[BESIDE_REASONING] = CONVERSATIONS["text"]
+
+# What is foreseen, in the order of CONVERSATIONS: how many examples a conversation gives, or why it is refused.
+# NAME+ stands for NAME_training too, trl's version of the template with marks around what is learned.
+FORESEEN = """
+1 1 1 1 raises reasoning 1                      : cohere+ cohere2+ gemma3+
+prompt prompt prompt prompt prompt prompt prompt: deepseek_r1_distill+ deepseekv3_training
+prompt prompt prompt prompt raises prompt prompt: deepseekv3
+1 1 1 1 1 2 1                                   : diffusion_gemma+ gemma4_v5 glm4moe+ lfm2_2_5 lfm2_2_5_v2 lfm2_2_5_vl
+1 raises 1 1 raises reasoning 1                 : gemma+
+1 1 1 1 1 reasoning 1                           : gemma4 gemma4_v2 gemma4_v3 gemma4_v4 lfm2_v2+ llama3_1 llama3_2
+1 1 1 1 1 reasoning 1                           : qwen2_5+ qwen3_instruct_2507+ qwen3_vl+
+1 1 1 3 1 2 1                                   : gptoss+ qwen3_5_think qwen3_6
+text text text text raises reasoning text       : idefics3+ smolvlm+
+1 1 1 1 calls reasoning 1                       : lfm2+ llama3+ phi3+ phi3_5+ qwen2_5_vl+
+raises raises raises raises raises raises raises: llava_next+
+1 1 1 1 1 1 1                                   : muse_glimmer+ qwen3_5_think_training qwen3_6_training qwen3_8+
+1 1 1 1 1 1 1                                   : qwen3_training
+1 1 1 1 1 2 prompt                              : nemotron_3_5_lightning+ nemotron_3_nano+ nemotron_3_super+
+1 1 1 1 1 2 prompt                              : nemotron_3_ultra+
+1 1 1 3 2 2 1                                   : qwen3
+1 1 1 3 1 prompt 1                              : qwen3_5_nothink
+1 1 1 1 1 prompt 1                              : qwen3_5_nothink_training
+"""
+REFUSALS = {
+    "calls": "the chat template drops tool calls",
+    "reasoning": "the chat template drops reasoning",
+    "text": "the chat template drops the reply's text",
+    "raises": "the chat template raises an error",
+    "prompt": "the chat template's reply does not continue its generation prompt",
+}
+
+
+def foreseen() -> dict[str, list[str]]:
+    table = {}
+    for line in FORESEEN.strip().splitlines():
+        verdicts, names = line.split(":")
+        for name in names.split():
+            table[name.removesuffix("+")] = verdicts.split()
+            if name.endswith("+"):
+                table[name.removesuffix("+") + "_training"] = verdicts.split()
+    return table
+
+
+def renderer_of(template: str, *, any_reasoning: bool) -> Renderer:
+    """The template with a tiny tokenizer that has its control tokens."""
+    tokens = list(dict.fromkeys([*control_tokens_in(template), "<s>", "<|endoftext|>"]))
+    bos = next(token for token in ("<|begin_of_text|>", "<bos>", "<s>") if token in tokens)
+    plain = [token for token in tokens if token.startswith(("<tool", "</tool", "<think", "</think"))]
+    tokenizer = tiny_tokenizer(
+        chat_template=template,
+        control_tokens=[token for token in tokens if token not in plain],
+        plain_tokens=plain,
+        eos=next(token for token in EOS if token in tokens),
+        bos=bos if "bos_token" in template else None,
+        splitting="llama3",
+    )
+    kwargs = resolve_template_kwargs(template, {}, any_reasoning=any_reasoning)
+    return Renderer(tokenizer, chat_template_kwargs=kwargs)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one conversation, proved and looked at a second time; `rendered` is None where it was refused."""
+
+    refusal: str = ""
+    rendered: Rendered | None = None
+
+    @property
+    def verdict(self) -> str:
+        if self.rendered is not None:
+            return str(len(self.rendered.examples))
+        return next(name for name, reason in REFUSALS.items() if self.refusal.startswith(reason))
+
+    def told(self) -> str:
+        if self.rendered is None:
+            return "refused: " + REFUSALS[self.verdict].removeprefix("the chat template").removeprefix("'s").strip()
+        return "exact" if self.verdict == "1" else f"exact, {self.verdict} examples"
+
+
+def outcome_of(template: str, kind: str) -> Outcome:
+    conversation = CONVERSATIONS[kind]
+    renderer = renderer_of(template, any_reasoning=kind in ("reasoning", BESIDE_REASONING))
+    try:
+        rendered = renderer.render(conversation, max_length=LONG)
+        samples = list(renderer.render_for_evaluation(conversation, max_prompt_length=None, max_new_tokens=9))
+    except SetAside as refused:
+        return Outcome(refusal=str(refused))
+    assert_exact(renderer, conversation, rendered.examples)
+    assert_samples(renderer, conversation, samples)
+    return Outcome(rendered=rendered)
+
+
+def assert_samples(renderer: Renderer, conversation: Conversation, samples: list[EvalExample]) -> None:
+    """One for each assistant message; its prompt is what transformers gives, its reference ends with a stop token."""
+    assistants = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
+    assert [sample.turn for sample in samples] == list(range(len(assistants)))
+    for sample in samples:
+        assert sample.output_ids[-1] in renderer.stop_ids
+        assert sample.input_ids == rendered_ids(renderer, conversation, assistants[sample.turn], prompt=True)
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, list[Outcome]]:
+    return all_outcomes()
+
+
+def all_outcomes() -> dict[str, list[Outcome]]:
+    return {name: [outcome_of(template, kind) for kind in CONVERSATIONS] for name, template in TEMPLATES.items()}
+
+
+def test_every_template_and_kind_of_conversation_is_exact_or_refused_as_foreseen(outcomes):
+    found = {name: [outcome.verdict for outcome in row] for name, row in outcomes.items()}
+    assert found == foreseen()
+
+
+def test_the_table_in_the_documents_is_what_is_found(outcomes):
+    assert DOCUMENT.read_text(encoding="utf-8") == document(outcomes)
+
+
+# ---- the document
+
+INTRODUCTION = """\
+# Chat templates
+
+What comes out of the chat templates that trl TRL carries, for seven kinds of conversation. This page is written by
+`python tests/rendering/test_chat_templates.py`, and a test holds it against what is found.
+
+**exact** means that a reply's targets begin where the generation prompt ends, are what the template renders for the
+reply with the token that stops it, and hold the reply's text, reasoning and calls; that the ids in front of them are
+those that inference sees; and that all of this was proved for the very row. Where a template renders a reply otherwise
+once more messages follow (it drops earlier thoughts, or ends the last reply in its own way), such a reply gets an
+example of its own: **exact, 2 examples**.
+
+**refused** rows are not trained on: `ledger.json` names each with its place and reason, and where more than half of a
+source is refused, the run does not start. Another Jinja file (`model.chat_template`) is the way out: for most
+families, `trl/chat_templates` has one that keeps reasoning.
+
+What a template changes in a reply without losing any of it is a target, since the model must generate it. It is in the
+last column, and counted by kind in `ledger.json` under `altered`.
+"""
+
+
+def document(outcomes: dict[str, list[Outcome]]) -> str:
+    heads = ["template", *CONVERSATIONS, "changes in a reply"]
+    lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
+    rows: dict[str, list[str]] = {}
+    for name, row in outcomes.items():
+        changes = sorted({kind for outcome in row if outcome.rendered for kind in outcome.rendered.altered})
+        cells = [*(outcome.told() for outcome in row), "; ".join(change.replace("|", "\\|") for change in changes)]
+        rows.setdefault(" | ".join(cells), []).append(name)
+    lines += [f"{', '.join(names)} | {cells}" for cells, names in rows.items()]
+    return INTRODUCTION.replace("TRL", trl.__version__) + "\n" + "".join(f"| {line} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    DOCUMENT.parent.mkdir(exist_ok=True)
+    DOCUMENT.write_text(document(all_outcomes()), encoding="utf-8")
+    sys.exit(f"{DOCUMENT} is written")
