@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from chatlora.config import CheckpointConfig
-from chatlora.distributed.engines import WEIGHT
+from chatlora.distributed.engines import MOMENTS, WEIGHT
 from chatlora.distributed.runtime import Runtime
 from chatlora.distributed.zero3 import full_shape
 from chatlora.errors import CheckpointError
@@ -19,7 +19,6 @@ from chatlora.model.lora import trainable
 from chatlora.model.loss import TargetLoss
 from chatlora.run_directory import RunDirectory
 from chatlora.training.checkpoint import (
-    MOMENTS,
     Checkpoint,
     Tensors,
     newest_checkpoint,
