@@ -61,13 +61,12 @@ def note_engine(path: str) -> None:
 def _facts(runtime: Any, model: Any, optimizer: Any) -> dict[str, Any]:
     from torch.distributed.tensor import DTensor
 
-    from chatlora.distributed.engines import torch_optimizer
+    from chatlora.distributed.optimizer_state import torch_optimizer
 
     parameters = list(model.parameters())
     base = [parameter for parameter in parameters if not parameter.requires_grad]
     adapter = [parameter for parameter in parameters if parameter.requires_grad]
-    kinds = ("exp_avg", "exp_avg_sq")
-    moments = [entry[kind] for entry in torch_optimizer(optimizer).state.values() for kind in kinds]
+    kept = [tensor for entry in torch_optimizer(optimizer).state.values() for tensor in entry.values()]
     settings = model.config if hasattr(model, "zero_optimization_stage") else {}
     offload = settings.get("zero_optimization", {}).get("offload_param", {}) if isinstance(settings, dict) else {}
     return {
@@ -82,7 +81,7 @@ def _facts(runtime: Any, model: Any, optimizer: Any) -> dict[str, Any]:
         "base": sorted({str(p.dtype) for p in base}),
         "base_parts": sorted({str(p.ds_tensor.dtype) for p in base if hasattr(p, "ds_tensor")}),
         "adapter": sorted({str(p.dtype) for p in adapter}),
-        "moments": sorted({str(moment.dtype) for moment in moments}),
+        "optimizer": sorted({str(tensor.dtype) for tensor in kept}),
     }
 
 
@@ -90,7 +89,7 @@ def assert_engine(engine: str, path: Path, *, everything_partitioned: bool = Fal
     """Both ranks ran what the configuration file names. Returns rank 0's info."""
     both = [json.loads(Path(f"{path}-{rank}.json").read_text()) for rank in (0, 1)]
     for info in both:
-        assert info["adapter"] == info["moments"] == ["torch.float32"]
+        assert info["adapter"] == info["optimizer"] == ["torch.float32"]
         if engine == "ddp":
             assert info["wrapper"] == "DistributedDataParallel"
         elif engine == "fsdp2":
@@ -152,7 +151,7 @@ def mean_of_means() -> None:
 def poison(rank: int, call: int, how: str, path: str) -> None:
     """Rank `rank`'s backward pass number `call` gets an infinite gradient, or an infinite loss with a finite one.
 
-    What the weights and moments are when the run stops on it goes to `path`-rank.pt on every rank.
+    What the weights and the optimizer's state are when the run stops on it goes to `path`-rank.pt on every rank.
     """
     from chatlora.distributed.runtime import Runtime
     from chatlora.errors import NonFiniteError
@@ -175,7 +174,7 @@ def poison(rank: int, call: int, how: str, path: str) -> None:
     def stopping(*given: Any) -> Any:
         runtime, model = seen["it"]
         found = state.gather(runtime, model, seen["optimizer"], 0)
-        torch.save({"adapter": found.adapter, "moments": found.moments}, f"{path}-{runtime.rank}.pt")
+        torch.save({"adapter": found.adapter, "optimizer": found.optimizer}, f"{path}-{runtime.rank}.pt")
         return at(*given)
 
     prepare = Runtime.prepare

@@ -37,7 +37,7 @@ def newest(folder: Path) -> Checkpoint:
 def outcome(folder: Path) -> dict[str, Any]:
     """Everything that a run leaves and that another must leave equal."""
     home = published(folder / "checkpoints")[-1]
-    files = [home / "adapter.safetensors", home / "moments.safetensors", home / "progress.json"]
+    files = [home / "adapter.safetensors", home / "optimizer.safetensors", home / "progress.json"]
     files += [folder / name / "adapter_model.safetensors" for name in ("adapter", "adapter-best")]
     return {
         "state": read_status(folder)["state"],

@@ -14,10 +14,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from chatlora.config import Config, RunConfig
-from chatlora.distributed import engines
+from chatlora.distributed import engines, optimizer_state
 from chatlora.distributed.deepspeed import engine_settings, notes
 from chatlora.distributed.launch_checks import check_launch
 from chatlora.distributed.launch_info import is_installed, launch_info_of
+from chatlora.distributed.optimizer_checks import refuse_flat, refuse_forgetful
 from chatlora.distributed.signals import StopSignals
 from chatlora.errors import LaunchError, Problem
 
@@ -29,7 +30,7 @@ class Runtime:
     """What `accelerate launch` set up. Every method that talks to other ranks must be called on every rank."""
 
     accelerator: Accelerator
-    dtype: torch.dtype  # of the base model; the adapter, its gradients and moments are fp32 in any case
+    dtype: torch.dtype  # of the base model; the adapter and its gradients are fp32 in any case
     signals: StopSignals
     slow_group: Any = None  # the process group of `barrier`
     notes: tuple[str, ...] = ()  # what the launcher's settings said and is decided here
@@ -77,6 +78,10 @@ class Runtime:
         return engines.shard_for_generation(self.accelerator, model) if self.engine == "fsdp2" else model
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Both as the engine wants them. An optimizer that it cannot run, or no checkpoint hold, is refused."""
+        if self.engine.startswith("zero"):
+            refuse_flat(optimizer)
+        refuse_forgetful(optimizer)
         prepared: tuple[nn.Module, torch.optim.Optimizer] = self.accelerator.prepare(model, optimizer)
         return prepared
 
@@ -143,32 +148,43 @@ class Runtime:
         """Rank 0's answer, on every rank."""
         return self.broadcast_text("yes" if answer else "") == "yes"
 
-    def broadcast(self, shape: torch.Size, value: torch.Tensor | None) -> torch.Tensor:
-        """Rank 0's fp32 tensor on every rank; the others give None."""
-        here = torch.empty(shape, device=self.device) if value is None else value.to(self.device, torch.float32)
-        whole: torch.Tensor = accelerate.utils.broadcast(here) if self.num_processes > 1 else here
-        return whole
+    def broadcast(self, shape: Sequence[int], dtype: torch.dtype, value: torch.Tensor | None) -> torch.Tensor:
+        """Rank 0's tensor on every rank, to the bit; the others give None."""
+        here = torch.empty(shape, dtype=dtype, device=self.device) if value is None else value.to(self.device)
+        assert (here.shape, here.dtype) == (torch.Size(shape), dtype)
+        if self.num_processes == 1:
+            return here
+        whole: torch.Tensor = accelerate.utils.broadcast(here.flatten().view(torch.uint8))
+        return whole.view(dtype).view(here.shape)
 
     def reshard(self, model: nn.Module) -> None:
         """Before parameters are read or written: those that a forward pass left gathered are spread again."""
-        engines.reshard(model)
+        optimizer_state.reshard(model)
 
-    def read(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-        """The whole weight and its moments, fp32 copies on the CPU."""
-        return engines.read(self.accelerator, optimizer, parameter)
+    def read_weight(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The whole weight, an fp32 copy on the CPU."""
+        return optimizer_state.read_weight(self.accelerator, parameter)
+
+    def read_state(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """What the optimizer keeps for a parameter, by its own names: whole copies on the CPU."""
+        return optimizer_state.read_state(self.accelerator, optimizer, parameter)
 
     def write(
-        self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, step: int, values: Mapping[str, torch.Tensor]
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameter: nn.Parameter,
+        weight: torch.Tensor,
+        state: Mapping[str, torch.Tensor],
     ) -> None:
-        """What `read` gave, back into its place; the same values on every rank."""
-        engines.write(self.accelerator, optimizer, parameter, step, values)
+        """What was read, back into its place; the same values on every rank."""
+        optimizer_state.write(self.accelerator, optimizer, parameter, weight, state)
 
-    def make_moments(self, model: nn.Module, optimizer: torch.optim.Optimizer, filler: Mapping[str, Any]) -> None:
-        """Have an engine that makes its moments in its first step make them now, in a step that moves nothing.
+    def make_places(self, model: nn.Module, optimizer: torch.optim.Optimizer, filler: Mapping[str, Any]) -> None:
+        """Have an optimizer that makes the places for its state in its first step make them, and move nothing.
 
         filler: a micro-batch without a target.
         """
-        if engines.has_moments(self.accelerator, optimizer):
+        if optimizer_state.has_places(self.accelerator, optimizer):
             return
         for group in optimizer.param_groups:
             group["lr"] = 0.0

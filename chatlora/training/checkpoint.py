@@ -2,8 +2,8 @@
 
     checkpoints/step-000100/
         adapter.safetensors    the adapter by parameter name, fp32
-        moments.safetensors    AdamW's two moments, `exp_avg.NAME` and `exp_avg_sq.NAME`
-        progress.json          the step; everything else about a run follows from it
+        optimizer.safetensors  each tensor that the optimizer keeps for a parameter, as `KIND.PARAMETER`
+        progress.json          the step, and the optimizer's class; everything else about a run follows from the step
         manifest.json          size and sha256 of the others, written last
 
 Nothing in it is pickled, and nothing in it belongs to an engine or to a number of processes.
@@ -22,11 +22,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from chatlora.distributed.engines import MOMENTS
 from chatlora.errors import CheckpointError
 from chatlora.run_directory import sync
 
-MANIFEST, PROGRESS, ADAPTER, STATE = "manifest.json", "progress.json", "adapter.safetensors", "moments.safetensors"
+MANIFEST, PROGRESS, ADAPTER, STATE = "manifest.json", "progress.json", "adapter.safetensors", "optimizer.safetensors"
 SIGNED = (ADAPTER, STATE, PROGRESS)
 NAME = re.compile(r"step-(\d{6,})")
 BEING_WRITTEN, BEING_DELETED = ".writing-", ".deleting-"
@@ -37,15 +36,20 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run after `step` finished steps. adapter: by parameter name; moments: the same names under each of MOMENTS."""
+    """A run after `step` finished steps.
+
+    adapter: by parameter name. optimizer: what the optimizer keeps, {its name for it: {parameter name: tensor}}; a
+    parameter that never had a gradient is in none of those. optimizer_class: whose state that is.
+    """
 
     step: int
     adapter: Tensors
-    moments: dict[str, Tensors]
+    optimizer: dict[str, Tensors]
+    optimizer_class: str
 
     @property
     def num_bytes(self) -> int:
-        tensors = [*self.adapter.values(), *(t for moment in self.moments.values() for t in moment.values())]
+        tensors = [*self.adapter.values(), *(t for each in self.optimizer.values() for t in each.values())]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -78,10 +82,11 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
-        moments = {f"{kind}.{name}": t for kind, tensors in checkpoint.moments.items() for name, t in tensors.items()}
+        kept = {f"{kind}.{name}": t for kind, tensors in checkpoint.optimizer.items() for name, t in tensors.items()}
+        progress = {"step": checkpoint.step, "optimizer": checkpoint.optimizer_class}
         save_file(checkpoint.adapter, beside / ADAPTER)
-        save_file(moments, beside / STATE)
-        (beside / PROGRESS).write_bytes(_as_json({"step": checkpoint.step}))
+        save_file(kept, beside / STATE)
+        (beside / PROGRESS).write_bytes(_as_json(progress))
         (beside / MANIFEST).write_bytes(_as_json({"files": {name: _signature(beside / name) for name in SIGNED}}))
         for path in beside.iterdir():
             sync(path)
@@ -119,8 +124,9 @@ def sweep(folder: Path) -> None:
 def refuse_full_disk(folder: Path, adapter_parameters: int, keep_last: int) -> None:
     """Raise CheckpointError where the disk cannot hold what a run will write.
 
-    At most at once: the kept checkpoints, the best one and the one being written, of three fp32 numbers a parameter,
-    and two adapters. What a run that goes on has written already makes room when it is rotated.
+    At most at once: the kept checkpoints, the best one and the one being written, and two adapters. Three fp32 numbers
+    a parameter, as with AdamW, are the most that a checkpoint holds under the usual optimizers. What a run that goes on
+    has written already makes room when it is rotated.
     """
     needed = 4 * adapter_parameters * (3 * (keep_last + 2) + 2)
     written = sum(path.stat().st_size for home in published(folder) for path in home.iterdir())
@@ -164,18 +170,19 @@ def read_checkpoint(home: Path) -> Checkpoint:
     fault = why_broken(home)
     if fault:
         raise CheckpointError(f"{home} is broken: {fault}")
-    moments: dict[str, Tensors] = {kind: {} for kind in MOMENTS}
+    optimizer: dict[str, Tensors] = {}
     try:
         adapter = load_file(home / ADAPTER)
         for name, tensor in load_file(home / STATE).items():
             kind, _, parameter = name.partition(".")
-            moments[kind][parameter] = tensor
-        step = int(json.loads((home / PROGRESS).read_text(encoding="utf-8"))["step"])
+            optimizer.setdefault(kind, {})[parameter] = tensor
+        progress = json.loads((home / PROGRESS).read_text(encoding="utf-8"))
+        step, optimizer_class = int(progress["step"]), str(progress["optimizer"])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{home} is broken: it was not written by this program ({error})") from error
-    if not all(tensors.keys() == adapter.keys() for tensors in moments.values()) or step != step_of(home):
+    if not all(tensors.keys() <= adapter.keys() for tensors in optimizer.values()) or step != step_of(home):
         raise CheckpointError(f"{home} is broken: its files do not belong together")
-    return Checkpoint(step, adapter, moments)
+    return Checkpoint(step, adapter, optimizer, optimizer_class)
 
 
 def why_broken(home: Path) -> str | None:

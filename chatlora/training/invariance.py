@@ -3,8 +3,8 @@
 The reference is plain: every process computes the whole batch by itself, one conversation at a time, with the model's
 own attention, all its logits and torch's backward pass, before the engine has the model. (Where the engine spreads the
 model as it is loaded, through the engine.) Every other way is what training does: dealt to the processes, cut into
-micro-batches by a budget, packed or padded, activations kept or computed again. Its gradient is read as AdamW's first
-moment with beta_1 = 0, which it then is to the bit, since that can be read under every engine; the learning rate is 0.
+micro-batches by a budget, packed or padded, activations kept or computed again. Its gradient is read out of the state
+of an optimizer, since that can be read under every engine.
 """
 
 import math
@@ -30,6 +30,7 @@ from chatlora.training.state import adapter_parameters
 Computed = tuple[float, dict[str, torch.Tensor]]  # a loss and a gradient by parameter name
 
 TOLERANCE = {"fp32": 5e-6, "bf16": 5e-2}  # relative, in norm; bf16 products of other shapes round otherwise
+GRADIENT = "exp_avg"  # AdamW's name of its first moment, which is the gradient here
 NOISE = 0.02  # of lora_B: at zero, as a fresh adapter has it, half of the gradient would be zero too
 
 
@@ -142,12 +143,11 @@ class Bench:
     ) -> None:
         self.runtime, self.adapted, self.loader, self.batches = runtime, adapted, loader, batches
         self.own_attention = adapted.get_base_model().config._attn_implementation
+        # AdamW's first moment with beta_1 = 0 is the last gradient, to the bit; without a learning rate nothing moves.
+        recorder = torch.optim.AdamW(trainable(adapted).values(), lr=0.0, betas=(0.0, 0.999), weight_decay=0.0)
+        packed = not loader.padded
         self.model, self.optimizer = setup.prepare_for_engine(
-            config.with_values("optim", weight_decay=0.0),
-            runtime,
-            adapted,
-            packed=not loader.padded,
-            betas=(0.0, 0.999),
+            config, runtime, adapted, packed=packed, optimizer=recorder
         )
         self.longest = int(loader.examples.lengths[batches[0].indices].max())
 
@@ -184,7 +184,8 @@ class Bench:
         self.optimizer.zero_grad()
         (total,) = runtime.all_reduce_sum(loss)
         parameters = adapter_parameters(runtime, self.model)
-        return total, {name: runtime.read(self.optimizer, each)["exp_avg"] for name, each in parameters.items()}
+        states = {name: runtime.read_state(self.optimizer, each) for name, each in parameters.items()}
+        return total, {name: state[GRADIENT] for name, state in states.items() if state}
 
 
 def _set_checkpointing(adapted: PeftModel, on: bool) -> None:

@@ -150,19 +150,27 @@ def token_budget(config: Config, device: torch.device) -> int:
 
 
 def prepare_for_engine(
-    config: Config, runtime: Runtime, adapted: PeftModel, *, packed: bool, betas: tuple[float, float] = (0.9, 0.999)
+    config: Config,
+    runtime: Runtime,
+    adapted: PeftModel,
+    *,
+    packed: bool,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The loss around the model, and AdamW over its adapter, as the engine wants them. The loop sets learning rates."""
+    """The loss around the model, and the optimizer of its adapter, as the engine wants them."""
     with layer_by_layer(adapted):
         loss = TargetLoss(adapted, packed=packed, autocast_dtype=runtime.autocast_dtype)
-    optimizer = torch.optim.AdamW(
-        list(trainable(loss).values()),
+    return runtime.prepare(loss, optimizer or make_optimizer(config, runtime, list(trainable(adapted).values())))
+
+
+def make_optimizer(config: Config, runtime: Runtime, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW. The loop sets the learning rates; what is kept in `optimizer.state` is in every checkpoint."""
+    return torch.optim.AdamW(
+        parameters,
         lr=0.0,
-        betas=betas,
         weight_decay=config.optim.weight_decay,
         fused=runtime.device.type in ("cpu", "cuda"),
     )
-    return runtime.prepare(loss, optimizer)
 
 
 def describe_run(

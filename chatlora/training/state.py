@@ -3,6 +3,7 @@
 Every function here is collective: all ranks call it. Rank 0 alone reads and writes the disk, and tells the others.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from chatlora.config import CheckpointConfig
-from chatlora.distributed.engines import MOMENTS, WEIGHT
+from chatlora.distributed.optimizer_state import torch_optimizer
 from chatlora.distributed.runtime import Runtime
 from chatlora.distributed.zero3 import full_shape
 from chatlora.errors import CheckpointError
@@ -84,15 +85,18 @@ def gather_adapter(runtime: Runtime, model: nn.Module, optimizer: torch.optim.Op
 
 
 def gather(runtime: Runtime, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Checkpoint:
-    """Full fp32 copies on the CPU, by parameter name."""
+    """Full copies on the CPU, by parameter name."""
     adapter: Tensors = {}
-    moments: dict[str, Tensors] = {kind: {} for kind in MOMENTS}
+    kept: dict[str, Tensors] = {}
     for name, parameter in adapter_parameters(runtime, model).items():
-        found = runtime.read(optimizer, parameter)
-        adapter[name] = found[WEIGHT]
-        for kind in MOMENTS:
-            moments[kind][name] = found[kind]
-    return Checkpoint(step, adapter, moments)
+        adapter[name] = runtime.read_weight(parameter)
+        for kind, tensor in runtime.read_state(optimizer, parameter).items():
+            kept.setdefault(kind, {})[name] = tensor
+    return Checkpoint(step, adapter, kept, _class_of(optimizer))
+
+
+def _class_of(optimizer: torch.optim.Optimizer) -> str:
+    return type(torch_optimizer(optimizer)).__name__
 
 
 def _scatter(
@@ -108,11 +112,26 @@ def _scatter(
     shapes = {name: full_shape(parameter) for name, parameter in parameters.items()}
     if state is not None and {name: tensor.shape for name, tensor in state.adapter.items()} != shapes:
         raise CheckpointError(f"the checkpoint of step {step} holds another adapter than this configuration makes")
-    runtime.make_moments(model, optimizer, filler)
+    if state is not None and state.optimizer_class != _class_of(optimizer):
+        raise CheckpointError(
+            f"the checkpoint of step {step} holds the state of {state.optimizer_class}, and the optimizer is now "
+            f"{_class_of(optimizer)}: take {state.optimizer_class} again, or start a new run with lora.init_from"
+        )
+    runtime.make_places(model, optimizer, filler)
     for name, parameter in parameters.items():
-        known = {} if state is None else {WEIGHT: state.adapter[name], **{k: state.moments[k][name] for k in MOMENTS}}
-        values = {kind: runtime.broadcast(shapes[name], known.get(kind)) for kind in (WEIGHT, *MOMENTS)}
-        runtime.write(optimizer, parameter, step, values)
+        kept = {} if state is None else {kind: each[name] for kind, each in state.optimizer.items() if name in each}
+        weight = runtime.broadcast(shapes[name], torch.float32, None if state is None else state.adapter[name])
+        runtime.write(optimizer, parameter, weight, _broadcast(runtime, kept))
+
+
+def _broadcast(runtime: Runtime, kept: Mapping[str, torch.Tensor]) -> Tensors:
+    """Rank 0's tensors, by name, on every rank, which has to be told what there is; the others give none."""
+    described = {kind: [list(tensor.shape), str(tensor.dtype)] for kind, tensor in kept.items()}
+    told = json.loads(runtime.broadcast_text(json.dumps(described)))
+    return {
+        kind: runtime.broadcast(shape, getattr(torch, dtype.removeprefix("torch.")), kept.get(kind))
+        for kind, (shape, dtype) in told.items()
+    }
 
 
 def _find(resume: str, run: RunDirectory) -> Checkpoint | None:

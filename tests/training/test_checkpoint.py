@@ -13,7 +13,6 @@ import torch
 from chatlora.errors import CheckpointError
 from chatlora.training import checkpoint as checkpoint_module
 from chatlora.training.checkpoint import (
-    MOMENTS,
     Checkpoint,
     newest_checkpoint,
     published,
@@ -26,7 +25,8 @@ from chatlora.training.checkpoint import (
     write_checkpoint,
 )
 
-FILES = ("adapter.safetensors", "moments.safetensors", "progress.json", "manifest.json")
+KINDS = ("exp_avg", "exp_avg_sq")  # that AdamW keeps for each element
+FILES = ("adapter.safetensors", "optimizer.safetensors", "progress.json", "manifest.json")
 
 
 def state(step: int) -> Checkpoint:
@@ -35,12 +35,13 @@ def state(step: int) -> Checkpoint:
     return Checkpoint(
         step,
         {name: torch.randn(3, 5, generator=draws) for name in names},
-        {kind: {name: torch.randn(3, 5, generator=draws) for name in names} for kind in MOMENTS},
+        {kind: {name: torch.randn(3, 5, generator=draws) for name in names} for kind in KINDS},
+        "AdamW",
     )
 
 
 def bits(checkpoint: Checkpoint) -> bytes:
-    tensors = [*checkpoint.adapter.values(), *(t for each in checkpoint.moments.values() for t in each.values())]
+    tensors = [*checkpoint.adapter.values(), *(t for each in checkpoint.optimizer.values() for t in each.values())]
     return str(checkpoint.step).encode() + b"".join(tensor.numpy().tobytes() for tensor in tensors)
 
 
@@ -50,7 +51,8 @@ def test_a_checkpoint_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     assert home.name == "step-000007"
     assert sorted(path.name for path in home.iterdir()) == sorted(FILES)
     assert found.adapter.keys() == state(7).adapter.keys()
-    assert found.moments.keys() == set(MOMENTS)
+    assert found.optimizer.keys() == set(KINDS)
+    assert found.optimizer_class == "AdamW"
     assert bits(found) == bits(state(7))
 
 

@@ -118,13 +118,13 @@ def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used(
 ) -> None:
     shutil.copytree(killed, tmp_path / "run")
     newest_home = published(tmp_path / "run" / "checkpoints")[-1]
-    content = bytearray((newest_home / "moments.safetensors").read_bytes())
+    content = bytearray((newest_home / "optimizer.safetensors").read_bytes())
     content[len(content) // 2] ^= 4
-    (newest_home / "moments.safetensors").write_bytes(content)
+    (newest_home / "optimizer.safetensors").write_bytes(content)
     before = server.log.stat().st_size
     assert server.run(argv, tmp_path) == [0]
     told = server.log.read_bytes()[before:].decode()
-    assert "step-000006 is broken: moments.safetensors is not what was written" in told
+    assert "step-000006 is broken: optimizer.safetensors is not what was written" in told
     assert "going on after step 3 of 10: 48 examples, 0.74 epochs are done" in told
     assert differences(tmp_path / "run", whole(1).outcome) == []
 
@@ -168,7 +168,7 @@ Runtime.clip_gradients = limited
 def test_a_full_disk_stops_the_run_with_its_checkpoints_whole(
     server: ForkServer, argv: list[str], whole: Callable[..., Whole], tmp_path: Path, step: int, limit: str, told: str
 ) -> None:
-    """40,000 bytes hold an adapter, but not its moments."""
+    """40,000 bytes hold an adapter, but not the optimizer's state."""
     assert server.run(argv, tmp_path, broken=LIMITED.format(step=step, limit=limit)) == [1]
     assert read_status(tmp_path / "run")["state"] == "failed"
     assert told in read_status(tmp_path / "run")["message"]
@@ -280,7 +280,7 @@ def test_the_log_and_the_state_agree_on_the_step(run: Run) -> None:
     folder = run("--checkpoint.every_steps", "4", "--checkpoint.keep_last", "9")
     for home in published(folder / "checkpoints"):
         found = read_checkpoint(home)
-        assert found.adapter.keys() == found.moments["exp_avg"].keys() == found.moments["exp_avg_sq"].keys()
+        assert found.adapter.keys() == found.optimizer["exp_avg"].keys() == found.optimizer["exp_avg_sq"].keys()
         assert all(torch.isfinite(tensor).all() for tensor in found.adapter.values())
-        assert any(bool(tensor.any()) for tensor in found.moments["exp_avg_sq"].values())
+        assert any(bool(tensor.any()) for tensor in found.optimizer["exp_avg_sq"].values())
         assert found.step in {line["step"] for line in read_log(folder / VALIDATION)}

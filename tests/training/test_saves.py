@@ -21,7 +21,6 @@ from chatlora.run_directory import RunDirectory
 from chatlora.training import checkpoint as checkpoint_module
 from chatlora.training import state as state_module
 from chatlora.training.checkpoint import (
-    MOMENTS,
     Checkpoint,
     newest_checkpoint,
     published,
@@ -32,7 +31,7 @@ from chatlora.training.checkpoint import (
 )
 from chatlora.training.state import publish
 from tests.syscalls import AVAILABLE, Call, trace
-from tests.training.test_checkpoint import sign
+from tests.training.test_checkpoint import KINDS, sign
 
 SETTINGS = CheckpointConfig(every_steps=2, keep_last=1, keep_best=True)
 BEST, LAST, NEW = 2, 4, 6
@@ -45,13 +44,13 @@ def state(step: int, size: int = 40) -> Checkpoint:
     draws = torch.Generator().manual_seed(step)
     names = [f"layers.{number}.lora_{half}" for number in range(3) for half in "AB"]
     matrices = lambda: {name: torch.randn(size, size, generator=draws) for name in names}  # noqa: E731
-    return Checkpoint(step, matrices(), {kind: matrices() for kind in MOMENTS})
+    return Checkpoint(step, matrices(), {kind: matrices() for kind in KINDS}, "AdamW")
 
 
 def same(one: Checkpoint, other: Checkpoint) -> bool:
     def tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
         yield from checkpoint.adapter.items()
-        yield from ((kind + name, t) for kind, named in checkpoint.moments.items() for name, t in named.items())
+        yield from ((kind + name, t) for kind, named in checkpoint.optimizer.items() for name, t in named.items())
 
     mine, theirs = dict(tensors(one)), dict(tensors(other))
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -130,8 +129,8 @@ def write_in_place(folder: Path, checkpoint: Checkpoint) -> None:
     home = folder / f"step-{checkpoint.step:06}"
     home.mkdir(exist_ok=True)
     save_file(checkpoint.adapter, home / "adapter.safetensors")
-    moments = {f"{kind}.{name}": t for kind, tensors in checkpoint.moments.items() for name, t in tensors.items()}
-    save_file(moments, home / "moments.safetensors")
+    kept = {f"{kind}.{name}": t for kind, tensors in checkpoint.optimizer.items() for name, t in tensors.items()}
+    save_file(kept, home / "optimizer.safetensors")
     (home / "progress.json").write_text(f'{{"step": {checkpoint.step}}}')
     sign(home)
 
@@ -166,7 +165,7 @@ def what_is_out_of_order(calls: list[Call], run: RunDirectory) -> list[str]:
     assert sum(is_publication) == 1
     at = is_publication.index(True)
     wrong = []
-    for name in ("adapter.safetensors", "moments.safetensors", "progress.json", "manifest.json"):
+    for name in ("adapter.safetensors", "optimizer.safetensors", "progress.json", "manifest.json"):
         synced = [i for i, call in enumerate(calls) if call == Call("fsync", f"{beside}/{name}")]
         written = [i for i, call in enumerate(calls) if call.name == "write" and name in call.path]
         if not synced or synced[-1] > at or (written and written[-1] > synced[-1]):
@@ -263,7 +262,7 @@ def limited_to(num_bytes: int, function: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("limit", [0, 10, 100, 20_000, 60_000])
 def test_a_file_that_cannot_be_written_leaves_what_there_was(tmp_path: Path, limit: int) -> None:
-    """20,000 bytes: not the adapter; 60,000: not the moments; less: progress.json and manifest.json neither."""
+    """20,000 bytes: not the adapter; 60,000: not the optimizer's state; less: no progress.json, no manifest.json."""
     run = begin(tmp_path)
     assert limited_to(limit, lambda: publish(SETTINGS, run, state(NEW))) == 7
     assert [path.name for path in sorted(run.checkpoints.iterdir())] == [f"step-{BEST:06}", f"step-{LAST:06}"]
