@@ -64,7 +64,7 @@ def refuse_flat(optimizer: torch.optim.Optimizer) -> None:
     """
     sentence = (
         f"{_name(optimizer)} does not compute each element of an update by itself, and DeepSpeed gives it flat pieces "
-        "instead of matrices: use accelerate_configs/multi_gpu.yaml, or fsdp2.yaml where the model does not fit on a GPU"
+        "instead of matrices: use accelerate_configs/multi_gpu.yaml, or fsdp2.yaml for a model larger than one GPU"
     )
     for group in optimizer.param_groups:
         try:

@@ -161,7 +161,7 @@ Runtime.clip_gradients = limited
 @pytest.mark.parametrize(
     ("step", "limit", "told"),
     [
-        (5, "40_000", "the checkpoint of step 6 could not be written to run/checkpoints: it needs 98,304 bytes"),
+        (5, "40_000", "the checkpoint of step 6 could not be written to run/checkpoints: it needs 98,416 bytes"),
         (5, "os.path.getsize('run/log.jsonl')", "run/log.jsonl could not be written"),
     ],
 )
