@@ -17,6 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn import functional
 
+from chatlora.distributed.zero3 import is_sharded
+
 State = dict[str, torch.Tensor]  # what the optimizer keeps for one parameter
 
 
@@ -74,13 +76,13 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 def _flat(optimizer: Any, parameter: nn.Parameter) -> tuple[torch.Tensor, State]:
     """DeepSpeed's flat tensor that holds this process's part of a parameter, and what the optimizer keeps for it."""
     zero = optimizer.optimizer
-    if hasattr(parameter, "ds_id"):
+    if is_sharded(parameter):
         groups, flats = zero.fp16_groups, zero.fp32_partitioned_groups_flat
     else:
         groups, flats = zero.bit16_groups, zero.single_partition_of_fp32_groups
     number = next(n for n, group in enumerate(groups) if any(each is parameter for each in group))
     kept: State = zero.optimizer.state[flats[number]]
-    if not hasattr(parameter, "ds_id"):
+    if not is_sharded(parameter):
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
         # DeepSpeed links parameters to their state after its first parameter group's first step, when those of later
@@ -117,7 +119,7 @@ def write(
                 for kind, tensor in state.items()
             }
         return
-    if hasattr(parameter, "ds_id"):
+    if is_sharded(parameter):
         _write_zero3_weight(accelerator, parameter, weight)
     else:
         _write_zero12_weight(parameter, weight)
@@ -161,7 +163,7 @@ def _write_zero3_weight(accelerator: Accelerator, parameter: nn.Parameter, weigh
 def _write_elements(accelerator: Accelerator, parameter: nn.Parameter, value: torch.Tensor, kind: str) -> None:
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-    if hasattr(parameter, "ds_id"):
+    if is_sharded(parameter):
         safe_set_local_optimizer_state(parameter, _own_part(accelerator, parameter, value), kind)
     else:
         safe_set_full_optimizer_state(parameter, value.to(parameter.device), kind)
