@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from chatlora.config import DataConfig, Source
+from chatlora.config import DataConfig, OverLength, Source
 from chatlora.data.evaluation_set import EvalSample, prepare_evaluation_data
-from chatlora.data.ledger import SourceAccount, ledger_of, refuse_lost_sources, summary_lines
+from chatlora.data.ledger import CUT, REPLIES_LOST, SourceAccount, ledger_of, refuse_lost_sources, summary_lines
 from chatlora.data.store import ExampleStore, Stored, built_once, write_examples
 from chatlora.data.workers import Effort, Outcome, Work, num_workers, outcomes
 from chatlora.errors import DataError
@@ -23,7 +23,7 @@ from chatlora.progress import track
 from chatlora.reading.conversation import Conversation
 from chatlora.reading.scan import Input, code_digest, digest, inputs_of, scan
 from chatlora.reading.sources import Unread
-from chatlora.rendering.examples import TOO_LONG, Example
+from chatlora.rendering.examples import Example
 from chatlora.rendering.renderer import Renderer
 
 __all__ = [
@@ -149,7 +149,7 @@ def _rendered(
             for row in each.conversations(data.system, unread[number])
         )
         found = track(outcomes(numbered, work, num_workers(total), effort, say), "rendering", total)
-        write_examples(folder, _entered(found, accounts))
+        write_examples(folder, _entered(found, accounts, data.over_length))
         for account, rows in zip(accounts, unread, strict=True):
             account.put_unread_aside(rows or [])
         return {"sources": [asdict(account) for account in accounts], **asdict(effort)}
@@ -157,7 +157,9 @@ def _rendered(
     return built_once(cache / "data" / key, build)
 
 
-def _entered(found: Iterable[tuple[int, Conversation, Outcome]], accounts: Sequence[SourceAccount]) -> Iterator[Stored]:
+def _entered(
+    found: Iterable[tuple[int, Conversation, Outcome]], accounts: Sequence[SourceAccount], over_length: OverLength
+) -> Iterator[Stored]:
     """The examples to store; what became of each row is entered in its source's account."""
     problems: list[str] = []
     for source, conversation, outcome in found:
@@ -166,11 +168,15 @@ def _entered(found: Iterable[tuple[int, Conversation, Outcome]], accounts: Seque
         problems += outcome.problems
         if outcome.set_aside is not None:
             account.put_aside(place, *outcome.set_aside)
+        account.too_long += outcome.too_long
         if rendered is None:
+            account.replies += len(outcome.too_long)
             continue
+        replies = rendered.lost_turns + rendered.turns
+        account.replies += replies
         if rendered.lost_targets:
-            turns = f"{rendered.lost_turns} of {rendered.lost_turns + rendered.turns} turns"
-            account.note_cut(place, TOO_LONG, f"{turns}, {rendered.lost_targets} targets")
+            lost = f"{rendered.lost_turns} of {replies} turns, {rendered.lost_targets} targets"
+            account.note_cut(place, CUT if over_length == "cut" else REPLIES_LOST, lost)
         account.note_altered(rendered.altered)
         for number, example in enumerate(rendered.examples):
             yield Stored(example, place, source, rendered.turns if number == 0 else 0)

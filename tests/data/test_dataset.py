@@ -283,6 +283,54 @@ def test_cut_rows_are_named_with_what_they_lost(tmp_path: Path) -> None:
     assert [problem.split(": ")[0] for problem in caught.value.problems] == [f"{path}:1", f"{path}:2"]
 
 
+@pytest.mark.parametrize("mode", ["fit", "cut", "drop"])
+@pytest.mark.parametrize("renderer", [PLAIN, ONE_EXAMPLE_A_TURN], ids=["one example a row", "one example a turn"])
+def test_replies_that_do_not_fit_are_a_total_with_the_least_length_that_keeps_99_percent(
+    tmp_path: Path, renderer: Renderer, mode: str
+) -> None:
+    """Proved by rendering again: under that length 99 % fit, and under one token less they do not."""
+    rows = [
+        {"messages": [{"role": role, "content": "x" * length} for role in ("user", "assistant") * (1 + length % 3)]}
+        for length in range(1, 120)
+    ]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def ledger(max_length: int) -> dict[str, Any]:
+        return prepare(tmp_path, renderer, train=str(path), max_length=max_length, over_length=mode).ledger
+
+    whole = ledger(100_000)
+    assert (whole["replies"], whole["replies_too_long"]) == (sum(1 + length % 3 for length in range(1, 120)), 0)
+    assert not [line for line in summary_lines(whole) if "do not fit" in line]
+    short = ledger(500)
+    lost, enough = short["replies_too_long"], short["max_length_for_99_percent"]
+    assert short["replies"] == whole["replies"]
+    assert f"WARNING: {lost} of 239 replies ({100 * lost / 239:.1f} %) do not fit; max_length {enough} keeps 99 %" in (
+        summary_lines(short)
+    )
+    assert [short["sources"][0][name] for name in short if name != "sources"] == [239, lost, enough]
+    assert ledger(enough)["replies_too_long"] == 2  # of 239
+    assert ledger(enough)["max_length_for_99_percent"] is None
+    assert ledger(enough - 1)["replies_too_long"] > 2
+
+
+def test_replies_in_rows_too_large_to_render_are_counted_and_a_few_lost_are_no_warning(tmp_path: Path) -> None:
+    path = Path(write_rows(tmp_path / "t.jsonl", 60))
+    huge = json.dumps({"messages": [{"role": role, "content": "x" * 300_000} for role in ("user", "assistant")]})
+    path.write_text(path.read_text() + (huge + "\n") * 2)
+    data = prepare(tmp_path, train=str(path), max_length=200)
+    assert summary_lines(data.ledger)[-1] == "2 of 62 replies (3.2 %) do not fit"
+    assert data.ledger["max_length_for_99_percent"] is None
+
+
+def test_whole_turns_that_are_dropped_are_lost_and_not_cut(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "t.jsonl", 3, turns=4)
+    length = int(prepare(tmp_path, train=path).train.lengths[0]) - 2
+    told = {mode: prepare(tmp_path, train=path, max_length=length, over_length=mode).ledger for mode in ("fit", "cut")}
+    assert any("not whole: 3 x replies beyond max_length are lost (" in line for line in summary_lines(told["fit"]))
+    assert any("not whole: 3 x cut at max_length (" in line for line in summary_lines(told["cut"]))
+
+
 def test_mistakes_in_all_sources_are_told_before_anything_is_rendered(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.jsonl").write_text('{"prompt": 1, "completion": ""}')
