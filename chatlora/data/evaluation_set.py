@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from chatlora.config import OnBadRow, OverLength, Source, Supervise
+from chatlora.data.held_out import conversations_to_evaluate
 from chatlora.data.ledger import SourceAccount, ledger_of, refuse_lost_sources
 from chatlora.errors import DataError, SetAside
 from chatlora.progress import track
 from chatlora.reading.conversation import Conversation
-from chatlora.reading.sources import Unread, read_conversations
+from chatlora.reading.sources import Unread
 from chatlora.rendering.examples import PROMPT_TOO_LONG, EvalExample
 from chatlora.rendering.renderer import Renderer
 
@@ -97,7 +98,7 @@ def _conversations(
     problems: list[str],
 ) -> Iterator[tuple[SourceAccount, Conversation]]:
     for source, account, bad in zip(sources, accounts, unread, strict=True):
-        rows = read_conversations(source, system=system, split="test", set_aside=bad)
+        rows = conversations_to_evaluate(source, system, bad)
         try:
             for conversation in track(rows, f"rendering {source.path}", None):
                 account.rows_read += 1

@@ -10,7 +10,9 @@ from tiny_tokenizers import CHATML_TOKENS, tiny_tokenizer
 
 from chatlora.config import Source
 from chatlora.data.dataset import prepare_evaluation_data
+from chatlora.data.held_out import HeldOutRows
 from chatlora.errors import DataError
+from chatlora.reading.sources import fingerprint
 from chatlora.rendering.renderer import Renderer
 
 PLAIN = Renderer(tiny_tokenizer())
@@ -59,6 +61,21 @@ def test_rows_that_share_a_place_have_ids_of_their_own(tmp_path: Path) -> None:
     twice, _ = prepare_evaluation_data([Source(path=str(path))] * 3, PLAIN, **settings)
     again = [f"{name} ({number})" for number in (2, 3) for name in expected]
     assert [sample.id for sample in twice] == expected + again
+
+
+def test_rows_that_were_held_out_are_the_only_ones_accounted_for(tmp_path: Path) -> None:
+    path = Path(write_rows(tmp_path / "t.jsonl", 5, turns=2))
+    path.write_text(path.read_text() + '{"messages": 3}\n')
+    source = {"path": str(path), "sha256": fingerprint(Source(path=str(path))), "repeat": 3}
+    rows = HeldOutRows.model_validate({**source, "places": [f"{path}:2", f"{path}:4"]})
+    settings: dict[str, Any] = {"max_prompt_length": None, "max_new_tokens": 64, "on_bad_row": "set_aside"}
+    samples, ledger = prepare_evaluation_data([rows], PLAIN, **settings)
+    assert [sample.id for sample in samples] == [f"{path}:{line}#{turn}" for line in (2, 4) for turn in (0, 1)]
+    (account,) = ledger["sources"]
+    assert (account["rows_read"], account["rows_used"], account["set_aside"]) == (2, 2, [])
+    lost = rows.model_copy(update={"places": (f"{path}:2", f"{path}:9")})
+    with pytest.raises(DataError, match=r"1 of the rows that were held out are not in it \(.*:9\)"):
+        prepare_evaluation_data([lost], PLAIN, **settings)
 
 
 def test_long_prompts_and_cut_references_are_named(tmp_path: Path) -> None:
