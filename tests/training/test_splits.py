@@ -16,16 +16,8 @@ from chatlora.run_directory import VALIDATION, RunDirectory, read_log, read_stat
 from tests.fork_server import ForkServer
 
 Run = Callable[..., Path]
-SHARES = (
-    "--data.validation",
-    "0.1",
-    "--data.test",
-    "0.2",
-    "--optim.max_steps",
-    "1",
-    "--evaluation.max_new_tokens",
-    "1",
-)
+SHORT = ("--optim.max_steps", "1", "--evaluation.max_new_tokens", "1")
+SHARES = (*SHORT, "--data.validation", "0.1", "--data.test", "0.2")
 EPOCH = ("--optim.epochs", "1", "--checkpoint.every_steps", "2")
 TOLERANCE = 1e-6  # relative, of losses
 
@@ -94,9 +86,7 @@ def test_a_share_of_too_few_rows_leaves_nothing_to_evaluate(
     told = capsys.readouterr().err
     assert "data.test: no rows are held out, there are only 49" in told
     assert "evaluation.after_training: there will be none" in told
-    with pytest.raises(
-        ConfigError, match=r"data\.test held out no rows, since there were too few: give rows with --data"
-    ):
+    with pytest.raises(ConfigError, match=r"data\.test held out no rows, since there were too few: give rows"):
         evaluate.main([str(folder)])
 
 
@@ -123,7 +113,7 @@ def test_a_source_that_was_moved_or_changed_is_refused_by_name(run: Run, world: 
 
 def sets_of(world: Path) -> dict[str, str]:
     own_rows(world, "long.jsonl", 30)
-    (Path("short.jsonl")).write_text("".join(Path("long.jsonl").read_text().splitlines(keepends=True)[::3]))
+    Path("short.jsonl").write_text("".join(Path("long.jsonl").read_text().splitlines(keepends=True)[::3]))
     return {"long": "long.jsonl", "short": "short.jsonl"}
 
 
@@ -131,17 +121,14 @@ def test_losses_of_named_sets_are_those_of_each_alone_and_their_mean_is_over_all
     run: Run, world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sets = sets_of(world)
-    named = json.dumps(sets)
-    together = read_log(run(*EPOCH, "--data.validation", named, name="together") / VALIDATION)
+    named = ("--data.validation", json.dumps(sets))
+    together = read_log(run(*EPOCH, *named, name="together") / VALIDATION)
     told = capsys.readouterr().err
     assert "validation set long: 30 rows" in told
     assert "what is best goes by the mean over all their targets" in told
-    first = read_log(
-        run(*EPOCH, "--data.validation", named, "--checkpoint.best_by", "first", name="first") / VALIDATION
-    )
-    alone = {
-        name: read_log(run(*EPOCH, "--data.validation", path, name=name) / VALIDATION) for name, path in sets.items()
-    }
+    first = read_log(run(*EPOCH, *named, "--checkpoint.best_by", "first", name="first") / VALIDATION)
+    runs = {name: run(*EPOCH, "--data.validation", path, name=name) for name, path in sets.items()}
+    alone = {name: read_log(folder / VALIDATION) for name, folder in runs.items()}
     assert len(together) == len(alone["long"]) > 1
     for number, line in enumerate(together):
         each = {name: log[number] for name, log in alone.items()}
@@ -175,10 +162,8 @@ def test_two_processes_hold_out_the_same_rows_and_log_the_same_sets(
     server: ForkServer, world: Path, tmp_path: Path, run: Run
 ) -> None:
     argv = [str(world / "my.yaml"), *EPOCH, "--data.test", "0.2", "--lora.dropout", "0"]
-    sets = [
-        "--data.validation",
-        json.dumps({name: str(Path(path).absolute()) for name, path in sets_of(world).items()}),
-    ]
+    paths = {name: str(Path(path).absolute()) for name, path in sets_of(world).items()}
+    sets = ["--data.validation", json.dumps(paths)]
     logs: dict[int, list[dict[str, Any]]] = {}
     kept: dict[int, list[str]] = {}
     for ranks in (1, 2):
