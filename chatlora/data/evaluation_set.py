@@ -1,7 +1,7 @@
 """Test rows -> samples: one prompt each, with every reference answer that the rows give for it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from chatlora.config import OnBadRow, OverLength, Source, Supervise
@@ -85,7 +85,7 @@ def prepare_evaluation_data(
     for account, rows in zip(accounts, unread, strict=True):
         account.put_unread_aside(rows or [])
     ledger = ledger_of(accounts)
-    refuse_lost_sources(ledger["sources"])
+    refuse_lost_sources([asdict(account) for account in accounts])
     assert len(taken) == len(samples)  # processes' parts are put together by id
     return samples, ledger
 

@@ -125,7 +125,10 @@ def refuse_lost_sources(sources: Sequence[Mapping[str, Any]]) -> None:
         which = f"all {read:,}" if lost == read else f"{lost:,} of {read:,}"
         reasons = [one["reason"] for one in source["set_aside"]]
         remedies = {_remedy(reason) for reason in reasons} - {""}
-        told = [*_counted(source["set_aside"]), *sorted(remedies)]
+        enough = _fit(source["replies"], source["too_long"])["max_length_for_99_percent"]
+        told = _counted(source["set_aside"])
+        told += [f"max_length {enough:,} keeps 99 % of the replies"] if enough else []
+        told += sorted(remedies)
         problems.append(f"{source['path']}: {which} rows were set aside: {'; '.join(told)}")
     if problems:
         raise DataError(*problems)

@@ -1,6 +1,7 @@
 """All rows are rendered once, split by the seed over rows, found again in the cache, and every one is accounted for."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -313,6 +314,10 @@ def test_the_remedy_for_long_rows_is_none_that_is_in_force(tmp_path: Path, mode:
     with pytest.raises(DataError) as caught:
         prepare(tmp_path, train=path, max_length=3, over_length=mode)
     assert str(caught.value).endswith(f"; {remedy}")
+    enough = int(re.search(r"max_length (\d+) keeps 99 % of the replies", str(caught.value))[1])  # type: ignore[index]
+    assert prepare(tmp_path, train=path, max_length=enough, over_length=mode).ledger["replies_too_long"] == 0
+    with pytest.raises(DataError):
+        prepare(tmp_path, train=path, max_length=enough - 1, over_length="error")
 
 
 def test_cut_rows_are_named_with_what_they_lost(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import train
 from chatlora.data.held_out import HELD_OUT
 from chatlora.errors import ConfigError, DataError
 from chatlora.run_directory import VALIDATION, RunDirectory, read_log, read_status
-from tests.fork_server import ForkServer
+from tests.fork_server import At, ForkServer
 
 Run = Callable[..., Path]
 SHORT = ("--optim.max_steps", "1", "--evaluation.max_new_tokens", "1")
@@ -178,3 +178,16 @@ def test_two_processes_hold_out_the_same_rows_and_log_the_same_sets(
         for name, values in one["sets"].items():
             assert two["sets"][name]["num_targets"] == values["num_targets"]
             assert two["sets"][name]["loss"] == pytest.approx(values["loss"], rel=1e-5)
+
+
+def test_a_signal_between_two_sets_saves_first_and_both_are_validated_in_the_end(
+    server: ForkServer, world: Path, tmp_path: Path, run: Run
+) -> None:
+    paths = {name: str(Path(path).absolute()) for name, path in sets_of(world).items()}
+    argv = [str(world / "my.yaml"), *EPOCH, "--data.validation", json.dumps(paths), "--run.output_dir"]
+    assert server.run([*argv, "whole"], tmp_path, ranks=2) == [0, 0]
+    lots = At("SIGTERM", "chatlora.data.loader:Loader.in_order", 4)  # the second set of the second validation
+    assert server.run([*argv, "cut"], tmp_path, ranks=2, at=lots) == [75, 75]
+    assert [line["step"] for line in read_log(tmp_path / "cut" / VALIDATION)] == [2]
+    assert server.run([*argv, "cut"], tmp_path, ranks=2) == [0, 0]
+    assert (tmp_path / "cut" / VALIDATION).read_bytes() == (tmp_path / "whole" / VALIDATION).read_bytes()
