@@ -6,7 +6,7 @@ loader, training and export in the order in which they happen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,7 @@ def train(
     model: nn.Module,
     optimizer: Optimizer,
     loader: Loader,
-    validation: Loader | None,
+    validation: Mapping[str, Loader],
 ) -> None:
     from chatlora.training.state import save_checkpoint
 
@@ -77,7 +77,7 @@ def train(
         done, stop = step + 1, stops > 0
         run.log(done, loss=total_loss, grad_norm=grad_norm, learning_rate=schedule.learning_rate(step), batch=batch)
         if schedule.is_checkpoint_step(done) and not stop:
-            stop = validate(done, runtime, run, model, validation)  # before the save, which may be the best
+            stop = validate(done, config, runtime, run, model, validation)  # before the save, which may be the best
         if schedule.is_checkpoint_step(done) or stop:
             save_checkpoint(config.checkpoint, run, done, runtime, model, optimizer)
         if stop:
@@ -85,20 +85,28 @@ def train(
             raise Stopped(SAVED.format(done))
 
 
-def validate(done: int, runtime: Runtime, run: RunDirectory, model: nn.Module, loader: Loader | None) -> bool:
-    """Log the loss on held-out rows: total loss over total targets. Returns whether a signal cut it short."""
-    if loader is None:
+def validate(
+    done: int,
+    config: Config,
+    runtime: Runtime,
+    run: RunDirectory,
+    model: nn.Module,
+    validation: Mapping[str, Loader],
+) -> bool:
+    """Log the loss on each set of held-out rows. Returns whether a signal cut it short."""
+    if not validation:
         return False
-    loss = runtime.zero()
+    losses = [runtime.zero() for _ in validation]
     with runtime.evaluating(model):
-        for lot in loader.in_order():
-            for micro_batch in lot:
-                loss += model(**micro_batch)
-            if any(runtime.all_reduce_sum(runtime.stop_requested())):
-                return True
-    (total_loss,) = runtime.all_reduce_sum(loss)
-    num_targets = int(loader.examples.num_targets.sum())
-    run.log_validation(done, total_loss / num_targets, num_targets)
+        for loss, loader in zip(losses, validation.values(), strict=True):
+            for lot in loader.in_order():
+                for micro_batch in lot:
+                    loss += model(**micro_batch)
+                if any(runtime.all_reduce_sum(runtime.stop_requested())):
+                    return True
+    num_targets = [int(loader.examples.num_targets.sum()) for loader in validation.values()]
+    sums = zip(runtime.all_reduce_sum(*losses), num_targets, strict=True)
+    run.log_validation(done, dict(zip(validation, sums, strict=True)), config.checkpoint.best_by)
     return False
 
 
@@ -109,7 +117,7 @@ def restore(
     model: nn.Module,
     optimizer: Optimizer,
     loader: Loader,
-    validation: Loader | None,
+    validation: Mapping[str, Loader],
     schedule: Schedule,
 ) -> int:
     """The newest checkpoint into model and optimizer, and the logs cut back to it. Returns its step, 0 where none is.
@@ -121,7 +129,7 @@ def restore(
     step = restore_newest(config.checkpoint, run, runtime, model, optimizer, loader.filler())
     run.resume_logs(step, schedule.num_steps, loader.batches(config.optim.global_batch_size, config.run.seed))
     unvalidated = schedule.is_checkpoint_step(step) and runtime.broadcast_bool(not run.validated(step))
-    if unvalidated and validate(step, runtime, run, model, validation):
+    if unvalidated and validate(step, config, runtime, run, model, validation):
         raise Stopped(SAVED.format(step))
     return step
 
@@ -154,7 +162,7 @@ def main(argv: Sequence[str]) -> None:
                     train(config, runtime, run, model, optimizer, loader, validation)
                 export_adapter(config, runtime, run, model, optimizer, adapted, tokenizer, renderer)
             runtime.free()
-        if config.evaluation.after_training and config.data.test:
+        if config.evaluation.after_training and setup.has_test_rows(config, runtime, run):
             import evaluate
 
             evaluate.main([str(run.path), "--compare", "base"], runtime, again=not finished)

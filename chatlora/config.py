@@ -11,52 +11,20 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-RowFormat = Literal["auto", "messages", "conversations", "sharegpt", "alpaca", "prompt_completion"]
+from chatlora.config_rows import UNNAMED, Section, ShareOrSources, ShareSourcesOrSets
+from chatlora.config_rows import RowFormat as RowFormat
+from chatlora.config_rows import Source as Source
+from chatlora.config_rows import Sources as Sources
+
 ScheduleName = Literal["constant", "linear", "cosine"]
 OverLength = Literal["fit", "cut", "drop", "error"]
 OnBadRow = Literal["error", "set_aside"]
 Supervise = Literal["all", "last"]
+BestBy = Literal["first", "mean"]
 Style = Literal["chatlora", "chatglm3"]
 Precision = Literal["auto", "bf16", "fp32"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
-
-class Source(Section):
-    """Where rows come from."""
-
-    path: str = Field(min_length=1, description="a file, a folder, a glob, or the name of a data set on the hub")
-    format: RowFormat = Field("auto", description="the form of a row; auto recognises it from its columns")
-    columns: dict[str, str] = Field(
-        {}, description="our column -> the file's, e.g. {prompt: content, completion: summary}"
-    )
-    repeat: int = Field(1, ge=1, description="how often its training rows are seen in an epoch")
-    split: str | None = Field(
-        None, description="the split of a hub data set; null: train, validation or test by its use"
-    )
-
-
-def _as_sources(value: Any) -> Any:
-    """A path, a list of paths, or a list of sources."""
-    items = value if isinstance(value, (list, tuple)) else [value]
-    return [{"path": item} if isinstance(item, str) else item for item in items]
-
-
-def _as_fraction_or_sources(value: Any) -> Any:
-    if value is None or isinstance(value, bool) or value in ("null", "true", "false"):
-        raise ValueError("a share of the training rows is expected, 0 for none of them, or the path of rows")
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return _as_sources(value)
-
-
-Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(Section):
@@ -89,10 +57,10 @@ class LoraConfig(Section):
 
 class DataConfig(Section):
     train: Sources = Field((), description="training rows: a path, a list of paths, or a list of sources")
-    validation: Annotated[
-        Annotated[Fraction | Sources, Field(union_mode="left_to_right")], BeforeValidator(_as_fraction_or_sources)
-    ] = Field(0.02, description="a share of the training rows, or sources")
-    test: Sources = Field((), description="rows for evaluate.py")
+    validation: ShareSourcesOrSets = Field(
+        0.02, description="a share of the training rows, sources, or several sets by name: {chat: a.jsonl, tools: ...}"
+    )
+    test: ShareOrSources = Field((), description="rows for evaluate.py: sources, or a share of the training rows")
     system: str | None = Field(None, description="system prompt of conversations that have none")
     max_length: int = Field(2048, ge=2, description="longest training example, in tokens")
     over_length: OverLength = Field(
@@ -102,6 +70,28 @@ class DataConfig(Section):
         "error", description="rows that cannot be read: error stops, set_aside names them in the ledger and goes on"
     )
     supervise: Supervise = Field("all", description="targets: all assistant turns, or the last one")
+
+    @model_validator(mode="after")
+    def _shares_leave_rows(self) -> Self:
+        if sum(self.shares.values()) >= 1:
+            raise ValueError(
+                f"validation ({self.validation}) and test ({self.test}) are shares of the training rows that leave "
+                "none to train on: lower them"
+            )
+        return self
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Split -> which share of the training rows is held out for it; nothing where it has rows of its own."""
+        splits = {"validation": self.validation, "test": self.test}
+        return {split: share for split, share in splits.items() if isinstance(share, float) and share}
+
+    @property
+    def validation_sets(self) -> dict[str, tuple[Source, ...]]:
+        """Name -> sources of the validation rows that are no training rows."""
+        if isinstance(self.validation, dict):
+            return self.validation
+        return {UNNAMED: self.validation} if isinstance(self.validation, tuple) and self.validation else {}
 
 
 class OptimConfig(Section):
@@ -126,6 +116,9 @@ class CheckpointConfig(Section):
     every_steps: int = Field(100, ge=1, description="steps between two checkpoints, each with a validation before it")
     keep_last: int = Field(2, ge=1, description="how many checkpoints stay, the newest ones")
     keep_best: bool = Field(True, description="keep the checkpoint with the best validation loss as well")
+    best_by: BestBy = Field(
+        "mean", description="what decides of several validation sets: the mean over all their targets, or the first set"
+    )
     resume: str = Field("auto", description="auto: from the newest good one, if any; never; or a checkpoint's path")
     stop_after_no_gain: int | None = Field(
         None, ge=1, description="end after this many validations without a better loss; null: never"
@@ -188,7 +181,6 @@ FREE_SETTINGS = frozenset(
         "checkpoint.resume",
         "checkpoint.stop_after_no_gain",
         "data.on_bad_row",  # where there are bad rows it is error or a run, where there are none it is nothing
-        "data.test",
         "evaluation.after_training",
         "evaluation.max_new_tokens",
         "evaluation.max_prompt_length",
@@ -219,7 +211,8 @@ def trajectory(config: Config) -> dict[str, Any]:
     """
     optim = config.optim
     lengths = {"optim.epochs", "optim.max_steps"} if optim.schedule == "constant" and not optim.warmup_ratio else set()
-    return {name: value for name, value in _flat(config.as_dict()).items() if name not in FREE_SETTINGS | lengths}
+    values = _flat(config.as_dict()) | {"data.test": config.data.shares.get("test", 0.0)}  # other rows train nothing
+    return {name: value for name, value in values.items() if name not in FREE_SETTINGS | lengths}
 
 
 def trajectory_hash(config: Config) -> str:
@@ -251,6 +244,8 @@ def _absolute(setting: str, value: Any, *, only_existing: bool = False) -> Any:
         return value
     if isinstance(value, list):
         return [{**each, "path": _absolute(setting, each["path"], only_existing=only_existing)} for each in value]
+    if isinstance(value, dict):
+        return {name: _absolute(setting, each, only_existing=only_existing) for name, each in value.items()}
     if not isinstance(value, str):
         return value
     path = Path(value).expanduser() if value.startswith("~/") else Path(value)

@@ -13,8 +13,9 @@ from typing import Any, Literal, Protocol
 
 from filelock import FileLock
 
-from chatlora.config import Config
+from chatlora.config import BestBy, Config
 from chatlora.config_files import config_text
+from chatlora.config_rows import UNNAMED
 from chatlora.errors import CheckpointError, Stopped, this_rank
 from chatlora.progress import TrainingProgress, clock
 
@@ -115,12 +116,24 @@ class RunDirectory:
         if self.progress is not None:
             self.progress.update(done, loss=loss, num_tokens=batch.num_tokens, seconds=seconds, memory=memory)
 
-    def log_validation(self, done: int, loss: float, num_targets: int) -> None:
-        """One line of validation.jsonl. loss: nats a target, summed over all targets and divided once."""
-        if not self.writes or not num_targets:
+    def log_validation(self, done: int, sums: Mapping[str, tuple[float, int]], best_by: BestBy) -> None:
+        """One line of validation.jsonl. sums: of each set, its summed loss in nats and its targets.
+
+        The line's `loss`, in nats a target, decides what is best.
+        """
+        if not self.writes:
             return
-        self._append(VALIDATION, {"step": done, "loss": loss, "num_targets": num_targets})
-        self.say(f"step {done}: validation loss {loss:.4f} (perplexity {math.exp(min(loss, 99)):.2f})")
+        sets = {name: {"loss": total / targets, "num_targets": targets} for name, (total, targets) in sums.items()}
+        num_targets = sum(targets for _, targets in sums.values())
+        mean = sum(total for total, _ in sums.values()) / num_targets
+        loss = mean if best_by == "mean" else next(iter(sets.values()))["loss"]
+        line: dict[str, Any] = {"step": done, "loss": loss, "num_targets": num_targets}
+        told = f"step {done}: validation loss {loss:.4f} (perplexity {math.exp(min(loss, 99)):.2f})"
+        if list(sets) != [UNNAMED]:
+            line["sets"] = sets
+            told += "".join(f", {name} {each['loss']:.4f}" for name, each in sets.items())
+        self._append(VALIDATION, line)
+        self.say(told)
         self.last_time = time.monotonic()  # the next step does not pay for the validation
 
     def validated(self, step: int) -> bool:

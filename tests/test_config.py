@@ -107,6 +107,37 @@ def test_the_hash_follows_the_trajectory_alone() -> None:
     assert changed_settings(config, other) == {"optim.learning_rate": (2e-4, 1e-3)}
 
 
+def test_a_mapping_is_one_source_or_names_sets_of_validation_rows(tmp_path: Path) -> None:
+    def sets(validation: str) -> dict[str, list[str]]:
+        data = load(tmp_path, "", "--data.validation", validation).data
+        return {name: [source.path for source in sources] for name, sources in data.validation_sets.items()}
+
+    assert sets("{path: a.jsonl}") == sets("[a.jsonl]") == sets("a.jsonl") == {"validation": ["a.jsonl"]}
+    assert sets("{path: a.jsonl, split: dev, columns: {}}") == {"validation": ["a.jsonl"]}
+    assert sets("{chat: a.jsonl, tools: [b.jsonl, {path: c.jsonl}]}") == {
+        "chat": ["a.jsonl"],
+        "tools": ["b.jsonl", "c.jsonl"],
+    }
+    assert sets("0.1") == sets("0") == {}
+    named = load(tmp_path, "data: {validation: {chat: a.jsonl, tools: b.jsonl}}")
+    (tmp_path / "config.yaml").write_text(config_text(named), encoding="utf-8")
+    assert config_from_file(tmp_path / "config.yaml") == named
+    (tmp_path / "b.jsonl").touch()
+    with pytest.MonkeyPatch.context() as context:
+        context.chdir(tmp_path)
+        absolute = with_absolute_paths(named)
+        assert changed_settings(named, absolute) == {}
+    assert isinstance(absolute.data.validation, dict)
+    assert absolute.data.validation["tools"][0].path == str(tmp_path / "b.jsonl")
+
+
+def test_a_test_share_alters_the_trajectory_and_test_rows_do_not() -> None:
+    config = Config()
+    share = config.with_values("data", test=0.1)
+    assert changed_settings(config, share) == {"data.test": (0.0, 0.1)}
+    assert changed_settings(share, config) == {"data.test": (0.1, 0.0)}
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -120,6 +151,13 @@ def test_the_hash_follows_the_trajectory_alone() -> None:
         (["--data.train", ""], "--data.train.0.path is ''"),
         (["--data.validation", "null"], "--data.validation is None: a share of the training rows is expected"),
         (["--data.validation", "true"], "--data.validation is 'true': a share of the training rows is expected"),
+        (["--data.validation", "{path: a, tools: b}"], "with path it is one source, which has no tools; sets of rows"),
+        (["--data.validation", "{path: a, colums: {}}"], "colums is not a setting; did you mean 'columns'?"),
+        (["--data.validation", "{chat: []}"], "--data.validation.chat is []"),
+        (["--data.validation", "{}"], "--data.validation is {}"),
+        (["--data.test", "null"], "--data.test is None: a share of the training rows is expected"),
+        (["--data.test", "1"], "--data.test is 1.0"),
+        (["--data.test", "0.98"], "validation (0.02) and test (0.98) are shares of the training rows that leave none"),
         (["--optim.epochs", "inf"], "--optim.epochs is 'inf'"),
         (["--optim.learning_rate", "nan"], "--optim.learning_rate is 'nan'"),
         (["--optim.weight_decay", "inf"], "--optim.weight_decay is 'inf'"),

@@ -27,7 +27,7 @@ OTHER: dict[str, Any] = {
     "lora.init_from": "other/adapter",
     "data.train": [{"path": "other.jsonl"}],
     "data.validation": 0.3,
-    "data.test": [{"path": "test.jsonl"}],
+    "data.test": 0.1,
     "data.system": "Be brief.",
     "data.max_length": 77,
     "data.over_length": "cut",
@@ -45,6 +45,7 @@ OTHER: dict[str, Any] = {
     "checkpoint.every_steps": 7,
     "checkpoint.keep_last": 7,
     "checkpoint.keep_best": False,
+    "checkpoint.best_by": "first",
     "checkpoint.stop_after_no_gain": 7,
     "evaluation.max_new_tokens": 7,
     "evaluation.max_prompt_length": 7,
@@ -91,6 +92,14 @@ def test_every_setting_is_free_or_refused_by_name(begun: Config, setting: str) -
         assert refused.value.problems[0].startswith(f"{setting} is ")
         assert "run.output_dir" in refused.value.problems[-1]
         assert trajectory_hash(other) != trajectory_hash(begun)
+
+
+def test_test_rows_that_are_no_training_rows_are_free(begun: Config) -> None:
+    for value in ("test.jsonl", 0, ["a.jsonl", "b.jsonl"]):
+        other = changed(begun, "data.test", value)
+        _, lock = lock_run(other, "my", dict)
+        lock.release()
+        assert trajectory_hash(other) == trajectory_hash(begun)
 
 
 def test_all_changed_settings_are_told_at_once(begun: Config) -> None:

@@ -5,17 +5,20 @@ from: the contents of the sources, the renderer, the settings, and this package'
 and validation rows and the repeats are made when it is opened, and cost nothing.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from chatlora.config import DataConfig, Source
+from chatlora.config import BestBy, DataConfig, OverLength, Source
+from chatlora.config_rows import UNNAMED
 from chatlora.data.evaluation_set import EvalSample, prepare_evaluation_data
-from chatlora.data.ledger import SourceAccount, ledger_of, refuse_lost_sources, summary_lines
+from chatlora.data.held_out import held_out_rows
+from chatlora.data.ledger import CUT, REPLIES_LOST, SourceAccount, ledger_of, refuse_lost_sources, summary_lines
 from chatlora.data.store import ExampleStore, Stored, built_once, write_examples
 from chatlora.data.workers import Effort, Outcome, Work, num_workers, outcomes
 from chatlora.errors import DataError
@@ -23,7 +26,7 @@ from chatlora.progress import track
 from chatlora.reading.conversation import Conversation
 from chatlora.reading.scan import Input, code_digest, digest, inputs_of, scan
 from chatlora.reading.sources import Unread
-from chatlora.rendering.examples import TOO_LONG, Example
+from chatlora.rendering.examples import Example
 from chatlora.rendering.renderer import Renderer
 
 __all__ = [
@@ -60,6 +63,10 @@ class ExampleSet:
         """Targets of each example, int32 [N]."""
         return np.asarray(self.store.num_targets[self.indices])
 
+    @property
+    def num_rows(self) -> int:
+        return int((self.store.turns[self.indices] > 0).sum())
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -70,14 +77,24 @@ class ExampleSet:
         """Where the rows of these examples stand (`file:line`)."""
         return self.store.places(self.indices[np.asarray(indices, np.int64)])
 
+    def places_of_rows(self, source: int) -> list[str]:
+        """Where the rows of one source stand, each once."""
+        first_of_row = self.store.turns[self.indices] > 0
+        return self.store.places(self.indices[first_of_row & (self.store.sources[self.indices] == source)])
+
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What is trained on. `seconds` of work, over all processes, went into the rendering when it was made, and
-    `proof_seconds` of them into its proofs."""
+    """What is trained on. validation: the sets by name. held_out: by split, the training rows drawn for it.
+
+    `seconds` of work, over all processes, went into the rendering when it was made, and `proof_seconds` of them into
+    its proofs.
+    """
 
     train: ExampleSet
-    validation: ExampleSet | None
+    validation: Mapping[str, ExampleSet]
+    held_out: Mapping[str, ExampleSet]
+    inputs: Sequence[Input] = field(repr=False)  # of data.train
     ledger: dict[str, Any]
     fingerprint: str
     seconds: float
@@ -87,8 +104,29 @@ class PreparedData:
     @property
     def largest_id(self) -> int:
         """The largest token id in any example."""
-        sets = (self.train, *([] if self.validation is None else [self.validation]))
-        return max(examples.store.largest_id for examples in sets)
+        return max(examples.store.largest_id for examples in (self.train, *self.validation.values()))
+
+    def lines_on_sets(self, best_by: BestBy) -> list[str]:
+        """The rows that are not trained on, for people: those held out, and the sets that have names."""
+        drawn = {split: rows.num_rows for split, rows in self.held_out.items() if rows}
+        lines = [f"{split}: {number:,} of the rows of data.train are held out" for split, number in drawn.items()]
+        named = {name: rows.num_rows for name, rows in self.validation.items() if name != UNNAMED}
+        lines += [f"validation set {name}: {number:,} rows" for name, number in named.items()]
+        if len(named) > 1:
+            decides = {"mean": "the mean over all their targets", "first": f"the loss of {next(iter(named))}"}
+            lines.append(f"what is best goes by {decides[best_by]} (checkpoint.best_by)")
+        return lines
+
+    def held_out_rows(self) -> dict[str, list[dict[str, Any]]]:
+        """The content of held_out.json: by split, the rows of each source."""
+        return {
+            split: [
+                held_out_rows(source, places).model_dump(mode="json")
+                for number, source in enumerate(self.inputs)
+                if (places := examples.places_of_rows(number))
+            ]
+            for split, examples in self.held_out.items()
+        }
 
 
 def prepare_training_data(
@@ -100,28 +138,31 @@ def prepare_training_data(
     one of them works, the others wait for its files. Raises DataError with all mistakes in the rows, or where too few
     of them can be rendered.
     """
-    share = data.validation if isinstance(data.validation, float) else 0.0
     inputs = inputs_of(data.train, "train")
-    separate = inputs_of(data.validation, "validation") if not isinstance(data.validation, float) else []
-    found = scan([*inputs, *separate], cache / "data", data.on_bad_row)
+    separate = {name: inputs_of(sources, "validation") for name, sources in data.validation_sets.items()}
+    groups = [inputs, *separate.values()]
+    found = scan([each for group in groups for each in group], cache / "data", data.on_bad_row)
     renderer = make_renderer(found.any_reasoning)
 
-    stores = [_rendered(inputs, data, renderer, cache, sum(found.rows[: len(inputs)]), say)]
-    if separate:
-        stores.append(_rendered(separate, data, renderer, cache, sum(found.rows[len(inputs) :]), say))
+    numbers = iter(found.rows)
+    stores = [_rendered(group, data, renderer, cache, sum(islice(numbers, len(group))), say) for group in groups]
     refuse_lost_sources([source for store in stores for source in store.record["sources"]])
 
-    held_out = _held_out_rows(stores[0], share, seed, say)
-    train = ExampleSet(stores[0], _repeated(stores[0], ~held_out, data.train))
-    validation = ExampleSet(stores[-1], np.flatnonzero(held_out)) if held_out.any() else None
-    accounts = _accounts(stores[0], held_out)
-    if separate:
-        everything = np.ones(len(stores[1]), bool)
-        validation = ExampleSet(stores[1], np.flatnonzero(everything))
-        accounts += _accounts(stores[1], everything)
+    drawn = _drawn(stores[0], data.shares, seed, say)
+    trained = ~np.any([np.zeros(len(stores[0]), bool), *drawn.values()], axis=0)
+    held_out = {split: ExampleSet(stores[0], np.flatnonzero(rows)) for split, rows in drawn.items()}
+    named = zip(separate, stores[1:], strict=True)
+    validation = {name: ExampleSet(store, np.arange(len(store))) for name, store in named}
+    if held_out.get("validation"):
+        validation[UNNAMED] = held_out["validation"]
+    accounts = _accounts(stores[0], ~trained)
+    for store in stores[1:]:
+        accounts += _accounts(store, np.ones(len(store), bool))
     return PreparedData(
-        train=train,
+        train=ExampleSet(stores[0], _repeated(stores[0], trained, data.train)),
         validation=validation,
+        held_out=held_out,
+        inputs=inputs,
         ledger=ledger_of(accounts),
         fingerprint=digest([store.record["sha256"] for store in stores]),
         seconds=sum(store.record["seconds"] for store in stores),
@@ -149,7 +190,7 @@ def _rendered(
             for row in each.conversations(data.system, unread[number])
         )
         found = track(outcomes(numbered, work, num_workers(total), effort, say), "rendering", total)
-        write_examples(folder, _entered(found, accounts))
+        write_examples(folder, _entered(found, accounts, data.over_length))
         for account, rows in zip(accounts, unread, strict=True):
             account.put_unread_aside(rows or [])
         return {"sources": [asdict(account) for account in accounts], **asdict(effort)}
@@ -157,7 +198,9 @@ def _rendered(
     return built_once(cache / "data" / key, build)
 
 
-def _entered(found: Iterable[tuple[int, Conversation, Outcome]], accounts: Sequence[SourceAccount]) -> Iterator[Stored]:
+def _entered(
+    found: Iterable[tuple[int, Conversation, Outcome]], accounts: Sequence[SourceAccount], over_length: OverLength
+) -> Iterator[Stored]:
     """The examples to store; what became of each row is entered in its source's account."""
     problems: list[str] = []
     for source, conversation, outcome in found:
@@ -166,11 +209,15 @@ def _entered(found: Iterable[tuple[int, Conversation, Outcome]], accounts: Seque
         problems += outcome.problems
         if outcome.set_aside is not None:
             account.put_aside(place, *outcome.set_aside)
+        account.too_long += outcome.too_long
         if rendered is None:
+            account.replies += len(outcome.too_long)
             continue
+        replies = rendered.lost_turns + rendered.turns
+        account.replies += replies
         if rendered.lost_targets:
-            turns = f"{rendered.lost_turns} of {rendered.lost_turns + rendered.turns} turns"
-            account.note_cut(place, TOO_LONG, f"{turns}, {rendered.lost_targets} targets")
+            lost = f"{rendered.lost_turns} of {replies} turns, {rendered.lost_targets} targets"
+            account.note_cut(place, CUT if over_length == "cut" else REPLIES_LOST, lost)
         account.note_altered(rendered.altered)
         for number, example in enumerate(rendered.examples):
             yield Stored(example, place, source, rendered.turns if number == 0 else 0)
@@ -181,17 +228,26 @@ def _entered(found: Iterable[tuple[int, Conversation, Outcome]], accounts: Seque
 # ---- what is held out, what is trained on, what is told
 
 
-def _held_out_rows(store: ExampleStore, share: float, seed: int, say: Say) -> np.ndarray:
-    """bool [N]: the examples of the rows that the seed draws for validation; all of a row go the same way."""
+def _drawn(store: ExampleStore, shares: Mapping[str, float], seed: int, say: Say) -> dict[str, np.ndarray]:
+    """Split -> bool [N]: the examples of the rows that the seed draws for it; all of a row go the same way.
+
+    The first split's rows are the same whatever the others' shares are.
+    """
     first_of_row = store.turns > 0
     num_rows = int(first_of_row.sum())
-    drawn = np.zeros(num_rows, bool)
-    if share > 0 and num_rows < MIN_ROWS_TO_SPLIT:
-        say(f"data.validation: no rows are held out, there are only {num_rows} (fewer than {MIN_ROWS_TO_SPLIT})")
-    elif share > 0:
-        number = min(max(1, round(share * num_rows)), num_rows - 1)
-        drawn[np.random.default_rng(seed).permutation(num_rows)[:number]] = True
-    return np.asarray(drawn[np.cumsum(first_of_row) - 1])
+    order = np.random.default_rng(seed).permutation(num_rows)
+    drawn = {}
+    for position, (split, share) in enumerate(shares.items()):
+        rows = np.zeros(num_rows, bool)
+        if num_rows < MIN_ROWS_TO_SPLIT:
+            say(f"data.{split}: no rows are held out, there are only {num_rows} (fewer than {MIN_ROWS_TO_SPLIT})")
+        else:
+            others = len(shares) - position  # one row at least for each split that follows, and one to train on
+            number = min(max(1, round(share * num_rows)), len(order) - others)
+            rows[order[:number]] = True
+            order = order[number:]
+        drawn[split] = np.asarray(rows[np.cumsum(first_of_row) - 1])
+    return drawn
 
 
 def _repeated(store: ExampleStore, used: np.ndarray, sources: Sequence[Source]) -> np.ndarray:

@@ -1,15 +1,16 @@
 """Test rows -> samples: one prompt each, with every reference answer that the rows give for it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from chatlora.config import OnBadRow, OverLength, Source, Supervise
+from chatlora.data.held_out import conversations_to_evaluate
 from chatlora.data.ledger import SourceAccount, ledger_of, refuse_lost_sources
 from chatlora.errors import DataError, SetAside
 from chatlora.progress import track
 from chatlora.reading.conversation import Conversation
-from chatlora.reading.sources import Unread, read_conversations
+from chatlora.reading.sources import Unread
 from chatlora.rendering.examples import PROMPT_TOO_LONG, EvalExample
 from chatlora.rendering.renderer import Renderer
 
@@ -84,7 +85,7 @@ def prepare_evaluation_data(
     for account, rows in zip(accounts, unread, strict=True):
         account.put_unread_aside(rows or [])
     ledger = ledger_of(accounts)
-    refuse_lost_sources(ledger["sources"])
+    refuse_lost_sources([asdict(account) for account in accounts])
     assert len(taken) == len(samples)  # processes' parts are put together by id
     return samples, ledger
 
@@ -97,7 +98,7 @@ def _conversations(
     problems: list[str],
 ) -> Iterator[tuple[SourceAccount, Conversation]]:
     for source, account, bad in zip(sources, accounts, unread, strict=True):
-        rows = read_conversations(source, system=system, split="test", set_aside=bad)
+        rows = conversations_to_evaluate(source, system, bad)
         try:
             for conversation in track(rows, f"rendering {source.path}", None):
                 account.rows_read += 1

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import inf
 from typing import Any
 
 from chatlora.errors import DataError
@@ -17,6 +18,9 @@ from chatlora.rendering.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTIN
 
 MOST_SET_ASIDE = 0.5  # of a source's rows; beyond, the model and the data do not fit each other
 UNREAD = "the row cannot be read"
+MOST_TOO_LONG = 0.05  # of all replies; beyond, it is a warning
+REPLIES_LOST = "replies beyond max_length are lost"
+CUT = "cut at max_length"
 OTHER_TEMPLATE = "set model.chat_template to a Jinja file that renders such rows, or model.chat_template_kwargs"
 REMEDIES = {  # by how a reason begins
     UNREAD: "mend the rows; data.on_bad_row: error tells all that is wrong with them",
@@ -44,7 +48,9 @@ class SourceAccount:
     where a whole source is held out, of the rows held out; a row's `repeat` is not counted.
 
     set_aside, cut: `{place, reason}`, and `detail` where something more is known of the row. altered: how many turns
-    the template changed without losing anything, by kind.
+    the template changed without losing anything, by kind. replies: of all rows but those set aside for something else
+    than their length; too_long: the `max_length` that each of them takes which is lost or cut, None where nobody
+    measured it.
     """
 
     path: str
@@ -57,6 +63,8 @@ class SourceAccount:
     set_aside: list[dict[str, str]] = field(default_factory=list)
     cut: list[dict[str, str]] = field(default_factory=list)
     altered: dict[str, int] = field(default_factory=dict)
+    replies: int = 0
+    too_long: list[int | None] = field(default_factory=list)
 
     def put_aside(self, place: str | None, reason: str, detail: str) -> None:
         self.set_aside.append(entry(place, reason, detail))
@@ -79,14 +87,32 @@ def entry(place: str | None, reason: str, detail: str = "") -> dict[str, str]:
 
 
 def ledger_of(accounts: Iterable[SourceAccount]) -> dict[str, Any]:
-    """The content of ledger.json. Asserts that no row is missing."""
+    """The content of ledger.json: each source, and the replies that do not fit. Asserts that no row is missing."""
+    accounts = list(accounts)
     sources = [asdict(account) for account in accounts]
     for source in sources:
         accounted = source["rows_used"] + source["rows_held_out"] + len(source["set_aside"])
         assert source["rows_read"] == accounted, (
             f"{source['path']}: {source['rows_read']} rows, {accounted} accounted for"
         )
-    return {"sources": sources}
+        source |= _fit(source.pop("replies"), source.pop("too_long"))
+    replies = sum(account.replies for account in accounts)
+    return {"sources": sources, **_fit(replies, [length for account in accounts for length in account.too_long])}
+
+
+def _fit(replies: int, too_long: Sequence[int | None]) -> dict[str, int | None]:
+    """How many of the replies do not fit, and the least `max_length` under which 99 % do.
+
+    None where they do as it is, and where more than 1 % are too long to be measured.
+    """
+    longest_first = sorted((inf if length is None else length for length in too_long), reverse=True)
+    may_be_lost = replies // 100
+    enough = longest_first[may_be_lost] if len(longest_first) > may_be_lost else inf
+    return {
+        "replies": replies,
+        "replies_too_long": len(too_long),
+        "max_length_for_99_percent": None if enough == inf else int(enough),
+    }
 
 
 def refuse_lost_sources(sources: Sequence[Mapping[str, Any]]) -> None:
@@ -99,7 +125,10 @@ def refuse_lost_sources(sources: Sequence[Mapping[str, Any]]) -> None:
         which = f"all {read:,}" if lost == read else f"{lost:,} of {read:,}"
         reasons = [one["reason"] for one in source["set_aside"]]
         remedies = {_remedy(reason) for reason in reasons} - {""}
-        told = [*_counted(source["set_aside"]), *sorted(remedies)]
+        enough = _fit(source["replies"], source["too_long"])["max_length_for_99_percent"]
+        told = _counted(source["set_aside"])
+        told += [f"max_length {enough:,} keeps 99 % of the replies"] if enough else []
+        told += sorted(remedies)
         problems.append(f"{source['path']}: {which} rows were set aside: {'; '.join(told)}")
     if problems:
         raise DataError(*problems)
@@ -112,7 +141,8 @@ def _remedy(reason: str) -> str:
 
 
 def summary_lines(ledger: Mapping[str, Any]) -> list[str]:
-    """A few lines a source, for people: rows, turns, targets, tokens; what was set aside and cut, by reason."""
+    """A few lines a source, for people: rows, turns, targets, tokens; what was set aside and lost, by reason. And one
+    on the replies of all sources that do not fit."""
     lines = []
     for source in ledger["sources"]:
         rows = [f"{source['rows_read']:,} rows"]
@@ -121,9 +151,16 @@ def summary_lines(ledger: Mapping[str, Any]) -> list[str]:
         counts = f"{source['turns']:,} turns, {source['targets']:,} targets in {source['tokens']:,} tokens"
         lines.append(f"{source['path']}: {', '.join(rows)}; {counts}")
         lines += [f"  set aside {reason}" for reason in _counted(source["set_aside"])]
-        lines += [f"  cut {reason}" for reason in _counted(source["cut"])]
+        lines += [f"  not whole: {reason}" for reason in _counted(source["cut"])]
         lines += [f"  in {turns:,} turns {kind} by the chat template" for kind, turns in source["altered"].items()]
-    return lines
+    return lines + ([_told_too_long(ledger)] if ledger["replies_too_long"] else [])
+
+
+def _told_too_long(ledger: Mapping[str, Any]) -> str:
+    lost, replies, enough = ledger["replies_too_long"], ledger["replies"], ledger["max_length_for_99_percent"]
+    warning = "WARNING: " if lost > MOST_TOO_LONG * replies else ""
+    remedy = f"; max_length {enough:,} keeps 99 %" if enough else ""
+    return f"{warning}{lost:,} of {replies:,} replies ({100 * lost / replies:.1f} %) do not fit{remedy}"
 
 
 def _counted(entries: Sequence[Mapping[str, str]]) -> list[str]:

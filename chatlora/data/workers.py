@@ -13,7 +13,7 @@ from multiprocessing import get_context, parent_process
 
 from chatlora.errors import DataError, SetAside
 from chatlora.reading.conversation import Conversation
-from chatlora.rendering.examples import OverLength, Rendered, Supervise
+from chatlora.rendering.examples import NothingFits, OverLength, Rendered, Supervise
 from chatlora.rendering.renderer import Renderer
 
 ROWS_PER_WORKER = 10_000  # with fewer, starting a worker (it imports and compiles for seconds) does not pay
@@ -28,12 +28,14 @@ CHUNKS_AHEAD = 8  # for each worker: it never waits for more, and memory holds n
 class Outcome:
     """One of three: rendered; set aside, with (reason, detail); or a mistake that the user must mend.
 
-    seconds: what that took.
+    too_long: the `max_length` that each reply takes which is lost or cut; None: nobody measured it. seconds: what
+    that took.
     """
 
     rendered: Rendered | None = None
     set_aside: tuple[str, str] | None = None
     problems: tuple[str, ...] = ()
+    too_long: tuple[int | None, ...] = ()
     seconds: float = field(default=0.0, compare=False)
 
 
@@ -55,11 +57,13 @@ class Work:
             rendered = self.renderer.render(
                 conversation, max_length=self.max_length, over_length=self.over_length, supervise=self.supervise
             )
+        except NothingFits as reason:
+            return Outcome(set_aside=(reason.reason, reason.detail), too_long=reason.too_long)
         except SetAside as reason:
             return Outcome(set_aside=(reason.reason, reason.detail))
         except DataError as error:  # over_length: error
             return Outcome(problems=error.problems)
-        return Outcome(rendered)
+        return Outcome(rendered, too_long=rendered.too_long)
 
 
 @dataclass(slots=True)

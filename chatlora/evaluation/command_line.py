@@ -46,17 +46,9 @@ class Request:
     adapter: Path | None = None
     split: str = "test"
     of_run: bool = False
+    sources: tuple[Source, ...] = ()  # the rows to evaluate on
     compare_base: bool = False
     max_tokens_per_batch: int | None = None
-
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        """The rows to evaluate on."""
-        data = self.config.data
-        if self.split == "test":
-            return data.test
-        assert not isinstance(data.validation, float)
-        return data.validation
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -91,13 +83,14 @@ def parse(argv: Sequence[str]) -> Request:
     else:
         config, home, adapter = Config(), Path("eval"), given.adapter
     config = _with_overrides(config, given)
-    _check_rows(config, given, split)
+    sources = _sources(config, given, split)
     request = Request(
         config,
-        given.output_dir or home / (_stem(config.data.test[0].path) if given.data else split),
+        given.output_dir or home / (_stem(sources[0].path) if given.data else split),
         adapter=adapter,
         split=split,
         of_run=given.run_dir is not None,
+        sources=sources,
         compare_base=given.compare is not None,
         max_tokens_per_batch=given.max_tokens_per_batch,
     )
@@ -135,15 +128,20 @@ def _same(there: str | None, here: str | None) -> bool:
     return old.resolve() == new.resolve() or (not old.exists() and old.parts[-2:] == new.parts[-2:])
 
 
-def _check_rows(config: Config, given: argparse.Namespace, split: str) -> None:
-    place = f"{given.run_dir}/config.yaml"
-    if split == "test" and not config.data.test:
-        raise ConfigError(f"{place}: data.test is not set, so there are no test rows; give them with --data FILE")
-    if split == "validation" and isinstance(config.data.validation, float):
+def _sources(config: Config, given: argparse.Namespace, split: str) -> tuple[Source, ...]:
+    """The rows to evaluate on: those of the split, or those that the run held out for it."""
+    if split in config.data.shares:
+        from chatlora.data.held_out import read_held_out
+
+        return read_held_out(given.run_dir, split)
+    named = config.data.validation_sets if split == "validation" else {"test": config.data.test}
+    sources = tuple(source for each in named.values() if isinstance(each, tuple) for source in each)
+    if not sources:
         raise ConfigError(
-            f"{place}: data.validation is a share of the training rows, which only training draws; give rows with "
-            "--data FILE, or name a file in data.validation before training"
+            f"{given.run_dir}/config.yaml: data.{split} is not set, so there are no {split} rows; give them with "
+            "--data FILE"
         )
+    return sources
 
 
 def _stem(data: str) -> str:

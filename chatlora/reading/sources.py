@@ -94,6 +94,10 @@ def fingerprint(source: Source, *, split: str = "train") -> str:
     return digest.hexdigest()
 
 
+def is_on_hub(source: Source) -> bool:
+    return _files(source) is None
+
+
 def _stop_at_too_many(problems: list[str]) -> None:
     if len(problems) >= MOST_PROBLEMS:
         raise DataError(*problems, "reading stopped here: too many mistakes")

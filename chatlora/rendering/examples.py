@@ -1,6 +1,6 @@
 """What rendering makes of a conversation, and what is left of it where it is too long."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,7 @@ Supervise = Literal["all", "last"]
 TOO_LONG = "longer than max_length"
 NO_REPLY_FITS = "longer than max_length: no reply fits"
 NO_TARGET_LEFT = "longer than max_length: no target is left after the cut"
+NOTHING_LEFT = {"fit": NO_REPLY_FITS, "cut": NO_TARGET_LEFT, "drop": TOO_LONG}
 CHARACTERS_PER_TOKEN = 1_000  # more than any token has
 PROMPT_TOO_LONG = "the prompt is longer than max_prompt_length"
 
@@ -41,14 +42,24 @@ class EvalExample:
 class Rendered:
     """A conversation's examples; supervised turns kept, and turns and targets lost to `over_length`.
 
-    altered: of the turns kept, how many the template changed without losing anything, by kind.
+    too_long: the `max_length` that each reply takes which is lost or cut. altered: of the turns kept, how many the
+    template changed without losing anything, by kind.
     """
 
     examples: tuple[Example, ...]
     turns: int
     lost_turns: int
     lost_targets: int
+    too_long: tuple[int, ...]
     altered: Mapping[str, int]
+
+
+class NothingFits(SetAside):
+    """A row of which `max_length` leaves nothing. too_long: the one that each reply takes; None: nobody measured it."""
+
+    def __init__(self, reason: str, detail: str, too_long: tuple[int | None, ...]) -> None:
+        super().__init__(reason, detail)
+        self.too_long = too_long
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +96,28 @@ class Draft:
         return sum(end - start for start, end in self.spans)
 
 
-def shortened(draft: Draft, max_length: int, over_length: OverLength, place: str | None) -> Draft:
+def fitted(
+    drafts: Sequence[Draft], max_length: int, over_length: OverLength, place: str | None
+) -> tuple[list[Draft], tuple[int, ...]]:
+    """A row's drafts within `max_length`, and the one that each reply takes which is lost or cut.
+
+    Raises NothingFits where no target is left.
+    """
+    longest = max(len(draft.ids) for draft in drafts)
+    if over_length == "error" and longest > max_length:
+        raise too_long(place, longest, "data.max_length", max_length)
+    needed = [longest if over_length == "drop" else end for draft in drafts for _, end in draft.spans]
+    missed = tuple(length for length in needed if length > max_length)
+    kept = [] if over_length == "drop" and missed else [_shortened(draft, max_length, over_length) for draft in drafts]
+    if not any(draft.spans for draft in kept):
+        raise NothingFits(NOTHING_LEFT[over_length], f"{longest} tokens, max_length is {max_length}", missed)
+    return kept, missed
+
+
+def _shortened(draft: Draft, max_length: int, over_length: OverLength) -> Draft:
     """The draft within `max_length`; without spans where nothing is left to learn."""
     if len(draft.ids) <= max_length:
         return draft
-    if over_length == "error":
-        raise too_long(place, len(draft.ids), "data.max_length", max_length)
-    if over_length == "drop":
-        raise SetAside(TOO_LONG, f"{len(draft.ids)} tokens, max_length is {max_length}")
     if over_length == "cut":
         cut = [(start, min(end, max_length)) for start, end in draft.spans if start < max_length]
         return Draft(draft.ids[:max_length], cut, draft.turns[: len(cut)])
@@ -100,15 +125,20 @@ def shortened(draft: Draft, max_length: int, over_length: OverLength, place: str
     return Draft(draft.ids[: whole[-1][1]] if whole else [], whole, draft.turns[: len(whole)])
 
 
-def refuse_hopeless(conversation: Conversation, first: int, max_length: int, over_length: OverLength) -> None:
-    """Told without rendering: a row of megabytes, whose first reply (to message `first`) cannot end in `max_length`."""
-    characters = characters_in([message.content for message in conversation.messages[: first + 1]])
+def refuse_hopeless(
+    conversation: Conversation, replies: Sequence[int], max_length: int, over_length: OverLength
+) -> None:
+    """Told without rendering: a row of megabytes, whose first reply cannot end in `max_length`.
+
+    replies: the messages that are targets.
+    """
+    characters = characters_in([message.content for message in conversation.messages[: replies[0] + 1]])
     if characters <= CHARACTERS_PER_TOKEN * max_length:
         return
     if over_length == "error":
         raise too_long(conversation.place, characters // CHARACTERS_PER_TOKEN, "data.max_length", max_length)
-    reason = {"fit": NO_REPLY_FITS, "cut": NO_TARGET_LEFT, "drop": TOO_LONG}[over_length]
-    raise SetAside(reason, f"{characters:,} characters, max_length is {max_length} tokens")
+    detail = f"{characters:,} characters, max_length is {max_length} tokens"
+    raise NothingFits(NOTHING_LEFT[over_length], detail, (None,) * len(replies))
 
 
 def too_long(place: str | None, length: int, setting: str, limit: int) -> DataError:

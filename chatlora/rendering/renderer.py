@@ -28,8 +28,6 @@ from chatlora.rendering.control_text import ControlText
 from chatlora.rendering.drafts import draft_alone, drafts_of
 from chatlora.rendering.examples import (
     IGNORE_INDEX,
-    NO_REPLY_FITS,
-    NO_TARGET_LEFT,
     PROMPT_TOO_LONG,
     Draft,
     EvalExample,
@@ -38,8 +36,8 @@ from chatlora.rendering.examples import (
     Rendered,
     RenderedForEvaluation,
     Supervise,
+    fitted,
     refuse_hopeless,
-    shortened,
     too_long,
 )
 from chatlora.rendering.limits import PROBE, bounded, bounds_for
@@ -115,24 +113,20 @@ class Renderer:
         the row aside; `error` raises DataError with place, length and remedy. Raises SetAside where the row cannot be
         rendered exactly or holds no target.
         """
-        first = targets(conversation, supervise)[0]
-        refuse_hopeless(conversation, first, max_length, over_length)
+        refuse_hopeless(conversation, targets(conversation, supervise), max_length, over_length)
         with bounded(bounds_for(conversation), conversation.place):
             full, turns = self._turns(conversation, supervise)
             drafts = drafts_of(self._text, full, turns, len(conversation.messages))
             for draft in drafts:
                 self.prove(draft.example(), conversation, draft.turns)
-        kept = [shortened(draft, max_length, over_length, conversation.place) for draft in drafts]
-        if not any(draft.spans for draft in kept):
-            longest = max(len(draft.ids) for draft in drafts)
-            reason = NO_TARGET_LEFT if over_length == "cut" else NO_REPLY_FITS
-            raise SetAside(reason, f"{longest} tokens, max_length is {max_length}")
+        kept, missed = fitted(drafts, max_length, over_length, conversation.place)
         num_turns = sum(len(draft.spans) for draft in kept)
         return Rendered(
             examples=tuple(draft.example() for draft in kept if draft.spans),
             turns=num_turns,
             lost_turns=len(turns) - num_turns,
             lost_targets=sum(draft.num_targets() for draft in drafts) - sum(draft.num_targets() for draft in kept),
+            too_long=missed,
             altered=Counter(kind for draft in kept for turn in draft.turns for kind in turn.altered),
         )
 

@@ -19,6 +19,7 @@ from chatlora.cache import cache_root
 from chatlora.config import Config
 from chatlora.config_files import Loaded, config_text
 from chatlora.data.dataset import PreparedData, Say, prepare_training_data
+from chatlora.data.held_out import HELD_OUT, kept_by
 from chatlora.data.ledger import summary_lines
 from chatlora.data.loader import Loader
 from chatlora.distributed.runtime import Runtime
@@ -37,7 +38,7 @@ from chatlora.model.lora_init import init_fingerprint, start_from
 from chatlora.model.loss import TargetLoss
 from chatlora.reading.scan import inputs_of, scan
 from chatlora.rendering.renderer import Renderer
-from chatlora.run_directory import RunDirectory, write_text
+from chatlora.run_directory import RunDirectory, write_json, write_text
 from chatlora.run_lock import INPUTS, lock_run, refuse_other_inputs
 from chatlora.training.checkpoint import refuse_full_disk
 from chatlora.training.schedule import Schedule
@@ -81,10 +82,9 @@ def load_data(
     if not config.data.train:
         raise ConfigError("data.train names no rows to train on: give a file, a folder or a data set of the hub")
     tokenizer = load_tokenizer(config.model)
-    if config.evaluation.after_training and config.data.test:  # its mistakes are told before hours of training
-        scan(inputs_of(config.data.test, "test"), cache_root() / "data", config.data.on_bad_row)
-    elif config.evaluation.after_training:
-        say("evaluation.after_training: there will be none, since data.test names no rows")
+    test = () if isinstance(config.data.test, float) else config.data.test
+    if config.evaluation.after_training and test:  # its mistakes are told before hours of training
+        scan(inputs_of(test, "test"), cache_root() / "data", config.data.on_bad_row)
     renderers: list[Renderer] = []
 
     def make_renderer(any_reasoning: bool) -> Renderer:
@@ -94,8 +94,10 @@ def load_data(
     data = prepare_training_data(config.data, config.run.seed, make_renderer, cache=cache_root(), say=say)
     runtime.barrier()
     (renderer,) = renderers
-    for line in summary_lines(data.ledger):
+    for line in [*summary_lines(data.ledger), *data.lines_on_sets(config.checkpoint.best_by)]:
         say(line)
+    if config.evaluation.after_training and not (test or data.held_out.get("test")):
+        say("evaluation.after_training: there will be none, since data.test names no rows")
     share = data.proof_seconds / max(data.seconds, 1e-9)
     say(f"rendering took {data.seconds:,.1f} s of work when it was done, {share:.0%} of it to prove the targets exact")
     return (
@@ -104,6 +106,12 @@ def load_data(
         renderer,
         data,
     )
+
+
+def has_test_rows(config: Config, runtime: Runtime, run: RunDirectory) -> bool:
+    """Whether there is anything to evaluate on after training: a share of few rows may have held out none."""
+    test = config.data.test
+    return runtime.broadcast_bool(kept_by(run.path, "test") != []) if isinstance(test, float) and test else bool(test)
 
 
 def load_model(
@@ -136,10 +144,10 @@ def is_padded(base: PreTrainedModel, runtime: Runtime, say: Say) -> bool:
     return bool(reason)
 
 
-def loaders(config: Config, runtime: Runtime, data: PreparedData, padded: bool) -> tuple[Loader, Loader | None]:
-    """This process's part of the training rows, and of the held-out ones where there are any."""
+def loaders(config: Config, runtime: Runtime, data: PreparedData, padded: bool) -> tuple[Loader, dict[str, Loader]]:
+    """This process's part of the training rows, and of each set of validation rows, by name."""
     place = (runtime.rank, runtime.num_processes, token_budget(config, runtime.device), padded, runtime.device)
-    return Loader(data.train, *place), None if data.validation is None else Loader(data.validation, *place)
+    return Loader(data.train, *place), {name: Loader(rows, *place) for name, rows in data.validation.items()}
 
 
 def token_budget(config: Config, device: torch.device) -> int:
@@ -199,13 +207,15 @@ def describe_run(
         refuse_other_inputs(config, environment)
         size = sum(num_elements(parameter) for parameter in trainable(adapted).values())
         refuse_full_disk(run.checkpoints, size, config.checkpoint.keep_last)
+        if data.held_out:
+            write_json(run.path / HELD_OUT, data.held_out_rows())
     run.describe(config, environment, data.ledger)
 
 
 def contents_of(config: Config) -> dict[str, Any]:
     """Setting -> sha256 of what stands in the files that it names: found without rendering anything."""
     data, template = config.data, config.model.chat_template
-    validation = () if isinstance(data.validation, float) else data.validation
+    validation = [source for sources in data.validation_sets.values() for source in sources]
     try:
         text = None if template is None else hashlib.sha256(template.read_bytes()).hexdigest()
     except OSError as error:

@@ -1,6 +1,7 @@
 """All rows are rendered once, split by the seed over rows, found again in the cache, and every one is accounted for."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -77,8 +78,7 @@ def test_every_row_of_the_real_files_is_accounted_for(
 ) -> None:
     data = prepare(tmp_path, renderer_with_tools(), train=str(shared / "data" / name), max_length=max_length)
     (source,) = data.ledger["sources"]
-    assert data.validation is not None
-    trained, held_out = set(rows_in(data.train)), set(rows_in(data.validation))
+    trained, held_out = set(rows_in(data.train)), set(rows_in(data.validation["validation"]))
     set_aside = {entry["place"] for entry in source["set_aside"]}
     assert source["rows_read"] == rows == len(trained | held_out | set_aside)
     assert (len(trained), len(held_out), len(set_aside)) == (
@@ -126,8 +126,7 @@ def test_the_seed_holds_out_whole_rows(tmp_path: Path, renderer: Renderer) -> No
 
     def split(seed: int, share: float) -> tuple[list[str], list[str]]:
         data = prepare(tmp_path, renderer, seed=seed, train=path, validation=share)
-        assert data.validation is not None
-        return rows_in(data.train), rows_in(data.validation)
+        return rows_in(data.train), rows_in(data.validation["validation"])
 
     trained, held_out = split(0, 0.1)
     assert len(held_out) == 10
@@ -142,20 +141,70 @@ def test_the_seed_holds_out_whole_rows(tmp_path: Path, renderer: Renderer) -> No
 def test_no_row_is_held_out_of_fewer_than_50(tmp_path: Path) -> None:
     said: list[str] = []
     data = prepare(tmp_path, said=said, train=write_rows(tmp_path / "t.jsonl", 49), validation=0.5)
-    assert data.validation is None
+    assert not data.validation
     assert len(data.train) == 49
     assert [line for line in said if "49" in line] == said
     assert len(said) == 1
-    assert prepare(tmp_path, train=write_rows(tmp_path / "t.jsonl", 50), validation=0.5).validation is not None
+    assert prepare(tmp_path, train=write_rows(tmp_path / "t.jsonl", 50), validation=0.5).validation
+
+
+@pytest.mark.parametrize("renderer", [PLAIN, ONE_EXAMPLE_A_TURN], ids=["one example a row", "one example a turn"])
+def test_test_rows_are_drawn_beside_the_same_validation_rows(tmp_path: Path, renderer: Renderer) -> None:
+    path = write_rows(tmp_path / "t.jsonl", 100, turns=3)
+    alone = prepare(tmp_path, renderer, train=path, validation=0.1)
+    order = np.random.default_rng(0).permutation(100)
+    assert rows_in(alone.validation["validation"]) == sorted(f"{path}:{row + 1}" for row in order[:10])
+    data = prepare(tmp_path, renderer, train=path, validation=0.1, test=0.2)
+    assert rows_in(data.validation["validation"]) == rows_in(alone.validation["validation"])
+    assert rows_in(data.held_out["test"]) == sorted(f"{path}:{row + 1}" for row in order[10:30])
+    assert rows_in(data.train) == sorted(f"{path}:{row + 1}" for row in order[30:])
+    assert list(data.validation) == ["validation"]
+    (source,) = data.ledger["sources"]
+    assert (source["rows_used"], source["rows_held_out"]) == (70, 30)
+    assert data.lines_on_sets("mean") == [
+        "validation: 10 of the rows of data.train are held out",
+        "test: 20 of the rows of data.train are held out",
+    ]
+    (kept,) = data.held_out_rows()["test"]
+    assert sorted(kept["places"]) == rows_in(data.held_out["test"])
+    greedy = prepare(tmp_path, renderer, train=path, validation=0.98, test=0.019)
+    assert [len(rows_in(rows)) for rows in (*greedy.held_out.values(), greedy.train)] == [98, 1, 1]
+
+
+def test_a_test_share_goes_with_validation_rows_of_their_own_and_needs_50_rows(tmp_path: Path) -> None:
+    path, separate = write_rows(tmp_path / "t.jsonl", 100), write_rows(tmp_path / "v.jsonl", 3)
+    data = prepare(tmp_path, train=path, validation=separate, test=0.1)
+    assert len(rows_in(data.held_out["test"])) == 10
+    assert not set(rows_in(data.held_out["test"])) & set(rows_in(data.train))
+    assert rows_in(data.validation["validation"]) == [f"{separate}:{line}" for line in (1, 2, 3)]
+    said: list[str] = []
+    few = prepare(tmp_path, said=said, train=write_rows(tmp_path / "few.jsonl", 49), validation=0, test=0.5)
+    assert said == ["data.test: no rows are held out, there are only 49 (fewer than 50)"]
+    assert (len(few.train), few.held_out_rows()) == (49, {"test": []})
+
+
+def test_named_validation_sets_stay_apart_and_change_neither_rows_nor_order(tmp_path: Path) -> None:
+    train = write_rows(tmp_path / "t.jsonl", 5)
+    chat, tools = write_rows(tmp_path / "a.jsonl", 3, text="a"), write_rows(tmp_path / "b.jsonl", 4, text="b", turns=2)
+    data = prepare(tmp_path, train=train, validation={"chat": chat, "tools": [tools, {"path": chat}]})
+    assert {name: rows_in(rows) for name, rows in data.validation.items()} == {
+        "chat": [f"{chat}:{line}" for line in (1, 2, 3)],
+        "tools": [f"{chat}:{line}" for line in (1, 2, 3)] + [f"{tools}:{line}" for line in (1, 2, 3, 4)],
+    }
+    assert [source["path"] for source in data.ledger["sources"]] == [train, chat, tools, chat]
+    assert data.lines_on_sets("first") == [
+        "validation set chat: 3 rows",
+        "validation set tools: 7 rows",
+        "what is best goes by the loss of chat (checkpoint.best_by)",
+    ]
 
 
 def test_repeat_counts_for_training_rows_only(tmp_path: Path) -> None:
     once, thrice = write_rows(tmp_path / "a.jsonl", 60), write_rows(tmp_path / "b.jsonl", 40, text="other")
     train = [{"path": once}, {"path": thrice, "repeat": 3}]
     data = prepare(tmp_path, train=train, validation=0.2)
-    assert data.validation is not None
-    places, held_out = data.train.places(range(len(data.train))), data.validation.places(range(20))
-    assert len(data.validation) == len(set(held_out)) == 20
+    places, held_out = data.train.places(range(len(data.train))), data.validation["validation"].places(range(20))
+    assert len(data.validation["validation"]) == len(set(held_out)) == 20
     assert not set(places) & set(held_out)
     assert {places.count(place) for place in places if place.startswith(once)} == {1}
     assert {places.count(place) for place in places if place.startswith(thrice)} == {3}
@@ -165,8 +214,7 @@ def test_repeat_counts_for_training_rows_only(tmp_path: Path) -> None:
 def test_validation_rows_of_their_own(tmp_path: Path) -> None:
     train, validation = write_rows(tmp_path / "a.jsonl", 5), write_rows(tmp_path / "b.jsonl", 3, turns=2)
     data = prepare(tmp_path, train=train, validation=validation)
-    assert data.validation is not None
-    assert rows_in(data.validation) == [f"{validation}:{line}" for line in (1, 2, 3)]
+    assert rows_in(data.validation["validation"]) == [f"{validation}:{line}" for line in (1, 2, 3)]
     told = [(s["path"], s["rows_used"], s["rows_held_out"], s["turns"]) for s in data.ledger["sources"]]
     assert told == [(train, 5, 0, 5), (validation, 0, 3, 6)]
 
@@ -266,6 +314,10 @@ def test_the_remedy_for_long_rows_is_none_that_is_in_force(tmp_path: Path, mode:
     with pytest.raises(DataError) as caught:
         prepare(tmp_path, train=path, max_length=3, over_length=mode)
     assert str(caught.value).endswith(f"; {remedy}")
+    enough = int(re.search(r"max_length (\d+) keeps 99 % of the replies", str(caught.value))[1])  # type: ignore[index]
+    assert prepare(tmp_path, train=path, max_length=enough, over_length=mode).ledger["replies_too_long"] == 0
+    with pytest.raises(DataError):
+        prepare(tmp_path, train=path, max_length=enough - 1, over_length="error")
 
 
 def test_cut_rows_are_named_with_what_they_lost(tmp_path: Path) -> None:
@@ -281,6 +333,54 @@ def test_cut_rows_are_named_with_what_they_lost(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         prepare(tmp_path, train=path, max_length=length - 1, over_length="error")
     assert [problem.split(": ")[0] for problem in caught.value.problems] == [f"{path}:1", f"{path}:2"]
+
+
+@pytest.mark.parametrize("mode", ["fit", "cut", "drop"])
+@pytest.mark.parametrize("renderer", [PLAIN, ONE_EXAMPLE_A_TURN], ids=["one example a row", "one example a turn"])
+def test_replies_that_do_not_fit_are_a_total_with_the_least_length_that_keeps_99_percent(
+    tmp_path: Path, renderer: Renderer, mode: str
+) -> None:
+    """Proved by rendering again: under that length 99 % fit, and under one token less they do not."""
+    rows = [
+        {"messages": [{"role": role, "content": "x" * length} for role in ("user", "assistant") * (1 + length % 3)]}
+        for length in range(1, 120)
+    ]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def ledger(max_length: int) -> dict[str, Any]:
+        return prepare(tmp_path, renderer, train=str(path), max_length=max_length, over_length=mode).ledger
+
+    whole = ledger(100_000)
+    assert (whole["replies"], whole["replies_too_long"]) == (sum(1 + length % 3 for length in range(1, 120)), 0)
+    assert not [line for line in summary_lines(whole) if "do not fit" in line]
+    short = ledger(500)
+    lost, enough = short["replies_too_long"], short["max_length_for_99_percent"]
+    assert short["replies"] == whole["replies"]
+    assert f"WARNING: {lost} of 239 replies ({100 * lost / 239:.1f} %) do not fit; max_length {enough} keeps 99 %" in (
+        summary_lines(short)
+    )
+    assert [short["sources"][0][name] for name in short if name != "sources"] == [239, lost, enough]
+    assert ledger(enough)["replies_too_long"] <= 2  # of 239
+    assert ledger(enough)["max_length_for_99_percent"] is None
+    assert ledger(enough - 1)["replies_too_long"] > 2
+
+
+def test_replies_in_rows_too_large_to_render_are_counted_and_a_few_lost_are_no_warning(tmp_path: Path) -> None:
+    path = Path(write_rows(tmp_path / "t.jsonl", 60))
+    huge = json.dumps({"messages": [{"role": role, "content": "x" * 300_000} for role in ("user", "assistant")]})
+    path.write_text(path.read_text() + (huge + "\n") * 2)
+    data = prepare(tmp_path, train=str(path), max_length=200)
+    assert summary_lines(data.ledger)[-1] == "2 of 62 replies (3.2 %) do not fit"
+    assert data.ledger["max_length_for_99_percent"] is None
+
+
+def test_whole_turns_that_are_dropped_are_lost_and_not_cut(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "t.jsonl", 3, turns=4)
+    length = int(prepare(tmp_path, train=path).train.lengths[0]) - 2
+    told = {mode: prepare(tmp_path, train=path, max_length=length, over_length=mode).ledger for mode in ("fit", "cut")}
+    assert any("not whole: 3 x replies beyond max_length are lost (" in line for line in summary_lines(told["fit"]))
+    assert any("not whole: 3 x cut at max_length (" in line for line in summary_lines(told["cut"]))
 
 
 def test_mistakes_in_all_sources_are_told_before_anything_is_rendered(tmp_path: Path) -> None:

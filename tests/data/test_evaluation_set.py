@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_dataset import write_rows
+from datasets import Dataset
+from test_dataset import prepare, write_rows
 from tiny_tokenizers import CHATML_TOKENS, tiny_tokenizer
 
 from chatlora.config import Source
 from chatlora.data.dataset import prepare_evaluation_data
+from chatlora.data.held_out import HeldOutRows
 from chatlora.errors import DataError
+from chatlora.reading.scan import inputs_of
+from chatlora.reading.sources import fingerprint
 from chatlora.rendering.renderer import Renderer
 
 PLAIN = Renderer(tiny_tokenizer())
@@ -59,6 +63,39 @@ def test_rows_that_share_a_place_have_ids_of_their_own(tmp_path: Path) -> None:
     twice, _ = prepare_evaluation_data([Source(path=str(path))] * 3, PLAIN, **settings)
     again = [f"{name} ({number})" for number in (2, 3) for name in expected]
     assert [sample.id for sample in twice] == expected + again
+
+
+def test_rows_that_were_held_out_are_the_only_ones_accounted_for(tmp_path: Path) -> None:
+    path = Path(write_rows(tmp_path / "t.jsonl", 5, turns=2))
+    path.write_text(path.read_text() + '{"messages": 3}\n')
+    source = {"path": str(path), "sha256": fingerprint(Source(path=str(path))), "repeat": 3}
+    rows = HeldOutRows.model_validate({**source, "places": [f"{path}:2", f"{path}:4"]})
+    settings: dict[str, Any] = {"max_prompt_length": None, "max_new_tokens": 64, "on_bad_row": "set_aside"}
+    samples, ledger = prepare_evaluation_data([rows], PLAIN, **settings)
+    assert [sample.id for sample in samples] == [f"{path}:{line}#{turn}" for line in (2, 4) for turn in (0, 1)]
+    (account,) = ledger["sources"]
+    assert (account["rows_read"], account["rows_used"], account["set_aside"]) == (2, 2, [])
+    lost = rows.model_copy(update={"places": (f"{path}:2", f"{path}:9")})
+    with pytest.raises(DataError, match=r"1 of the rows that were held out are not in it \(.*:9\)"):
+        prepare_evaluation_data([lost], PLAIN, **settings)
+
+
+def test_rows_held_out_of_a_hub_data_set_are_read_from_the_split_they_came_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"row {number}", "completion": "x"} for number in range(60)]
+
+    def load_dataset(name: str, subset: str | None, split: str) -> Dataset:
+        assert split == "train"
+        return Dataset.from_list(rows)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    (kept,) = prepare(tmp_path, train="owner/name", validation=0.1).held_out_rows()["validation"]
+    sources = [HeldOutRows.model_validate(kept)]
+    samples, _ = prepare_evaluation_data(sources, PLAIN, max_prompt_length=None, max_new_tokens=64)
+    assert sorted(sample.place for sample in samples) == sorted(kept["places"])
+    assert len(samples) == 6
+    assert inputs_of(sources, "test")[0].sha256 == kept["sha256"]
 
 
 def test_long_prompts_and_cut_references_are_named(tmp_path: Path) -> None:
