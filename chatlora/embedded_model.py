@@ -77,11 +77,7 @@ def embedded_model(name: str) -> Path:
     Several processes may ask at once: one makes it, the others wait. Where it is made already, neither torch nor
     transformers is imported. Raises ModelError where the name is unknown, the download fails or a hash is wrong.
     """
-    source = EMBEDDED.get(name.removeprefix(PREFIX))
-    if source is None:
-        known = [PREFIX + each for each in EMBEDDED]
-        hint = did_you_mean(PREFIX + name.removeprefix(PREFIX), known) or f"; there is {', '.join(known)}"
-        raise ModelError(f"model.name_or_path: there is no embedded model '{name}'{hint}")
+    source = source_of(name)
     folder = cache_root() / "embedded" / source.name
     if _is_complete(folder, source):
         return folder
@@ -90,6 +86,16 @@ def embedded_model(name: str) -> Path:
         if not _is_complete(folder, source):  # another process may have made it while this one waited
             _make(source, folder)
     return folder
+
+
+def source_of(name: str) -> EmbeddedModel:
+    """What `name` (with or without `embedded:`) stands for. Raises ModelError where it is unknown."""
+    source = EMBEDDED.get(name.removeprefix(PREFIX))
+    if source is None:
+        known = [PREFIX + each for each in EMBEDDED]
+        hint = did_you_mean(PREFIX + name.removeprefix(PREFIX), known) or f"; there is {', '.join(known)}"
+        raise ModelError(f"model.name_or_path: there is no embedded model '{name}'{hint}")
+    return source
 
 
 def _is_complete(folder: Path, source: EmbeddedModel) -> bool:

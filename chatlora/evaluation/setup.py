@@ -35,7 +35,8 @@ from chatlora.evaluation.generation import (
 from chatlora.evaluation.scoring import score_into, told_in
 from chatlora.evaluation.sharding import collect, mark_complete, open_parts, remove_parts, shard_batches
 from chatlora.model.adapter_folder import as_adapter_was_trained
-from chatlora.model.loading import find_adapter, load_adapter, load_base_model, load_tokenizer, renderer_for
+from chatlora.model.folder import find_adapter
+from chatlora.model.loading import load_adapter, load_base_model, load_tokenizer, renderer_for
 from chatlora.reading.scan import inputs_of, scan
 from chatlora.rendering.renderer import Renderer
 

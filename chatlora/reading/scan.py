@@ -74,6 +74,7 @@ def scan(inputs: Sequence[Input], cache_folder: Path, on_bad_row: OnBadRow = "er
 def _look(inputs: Sequence[Input], on_bad_row: OnBadRow) -> Scan:
     rows: list[int] = []
     problems: list[str] = []
+    way_on = ""
     any_reasoning = False
     for each in inputs:
         rows.append(0)
@@ -84,8 +85,9 @@ def _look(inputs: Sequence[Input], on_bad_row: OnBadRow) -> Scan:
                 any_reasoning = any_reasoning or any(message.reasoning for message in conversation.messages)
         except DataError as error:
             problems += error.problems
+            way_on = way_on or error.way_on
     if problems:
-        raise DataError(*problems)
+        raise DataError(*problems, way_on=way_on)
     return Scan(any_reasoning, rows)
 
 
