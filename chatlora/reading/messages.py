@@ -64,7 +64,7 @@ def read_role(fields: Mapping[str, Any], key: str, path: str, problems: list[str
     elif not isinstance(value, str):
         problems.append(f"{path}.{key} is {described(value)}, not one of {known}")
     elif value not in ROLE_NAMES:
-        problems.append(f"{path}.{key} is {value!r}{_meant(value, key)} the roles here are {known}")
+        problems.append(f"{path}.{key} is {value!r}{_meant(value, key)} the roles are {known}")
     else:
         return ROLE_NAMES[value]
     return None

@@ -21,6 +21,7 @@ from chatlora.config_files import Loaded, config_text
 from chatlora.data.dataset import PreparedData, Say, prepare_training_data
 from chatlora.data.ledger import summary_lines
 from chatlora.data.loader import Loader
+from chatlora.distributed.memory import not_loaded, out_of_memory_told
 from chatlora.distributed.runtime import Runtime
 from chatlora.distributed.zero3 import layer_by_layer, num_elements, refuse_stacked_experts
 from chatlora.errors import ConfigError, LaunchError, ModelError
@@ -110,17 +111,18 @@ def load_model(
     config: Config, runtime: Runtime, tokenizer: PreTrainedTokenizerBase, data: PreparedData, say: Say
 ) -> tuple[PeftModel, bool]:
     """The base model with a fresh adapter or that of `lora.init_from`, and whether its batches must be padded."""
-    base = runtime.move_to_device(load_base_model(config.model, dtype=runtime.dtype))
-    padded = is_padded(base, runtime, say)
-    refuse_ids_without_row(base, tokenizer, data.largest_id)
-    adapted = add_lora(base, config.lora, config.run.seed, config.model.revision)
-    refuse_stacked_experts(adapted)
-    if config.lora.init_from is not None:
-        start_from(adapted, config.lora)
-    for line in describe_lora(adapted):
-        say(line)
-    if config.model.gradient_checkpointing:
-        adapted.activation_checkpointing_enable({"use_reentrant": False})
+    with out_of_memory_told(not_loaded(config.model.name_or_path, runtime)):
+        base = runtime.move_to_device(load_base_model(config.model, dtype=runtime.dtype))
+        padded = is_padded(base, runtime, say)
+        refuse_ids_without_row(base, tokenizer, data.largest_id)
+        adapted = add_lora(base, config.lora, config.run.seed, config.model.revision)
+        refuse_stacked_experts(adapted)
+        if config.lora.init_from is not None:
+            start_from(adapted, config.lora)
+        for line in describe_lora(adapted):
+            say(line)
+        if config.model.gradient_checkpointing:
+            adapted.activation_checkpointing_enable({"use_reentrant": False})
     return adapted, padded
 
 
@@ -162,7 +164,8 @@ def prepare_for_engine(
         weight_decay=config.optim.weight_decay,
         fused=runtime.device.type in ("cpu", "cuda"),
     )
-    return runtime.prepare(loss, optimizer)
+    with out_of_memory_told(not_loaded(config.model.name_or_path, runtime)):
+        return runtime.prepare(loss, optimizer)
 
 
 def describe_run(
