@@ -73,7 +73,7 @@ def resume_source(config: Config) -> Path | None:
 
 def _is_finished(path: Path) -> bool:
     # Without its adapter, a finished run exports it again from its last checkpoint.
-    return read_status(path).get("state") == "done" and (path / "adapter" / "adapter_config.json").is_file()
+    return (path / "adapter" / "adapter_config.json").is_file() and read_status(path).get("state") == "done"
 
 
 def _refuse_to_begin_again(path: Path) -> None:

@@ -16,8 +16,8 @@ NOT_SAVED = (
     "checkpoint before"
 )
 NOT_EXPORTED = (
-    "memory ran out while the trained adapter was gathered, written and checked. Its last checkpoint is whole: end what "
-    "else runs on the machine, or start fewer processes on it, and the same command exports the adapter"
+    "memory ran out while the trained adapter was gathered, written and checked. The last checkpoint is whole: end "
+    "what else runs on the machine, or start fewer processes on it, and the same command exports the adapter"
 )
 
 

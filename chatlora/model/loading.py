@@ -50,7 +50,10 @@ def load_base_model(model: ModelConfig, *, dtype: torch.dtype) -> PreTrainedMode
     That is the fastest one that is exact on it: eager where scaled-dot-product attention lacks soft-capping or sinks.
     """
     refuse_no_model(model)
-    base = _from_pretrained(AutoModelForCausalLM, model, dtype=dtype, use_safetensors=True)
+    adapter_kwargs = {"local_files_only": _from_disk(locate(model.name_or_path))}  # it would ask the hub for one
+    base = _from_pretrained(
+        AutoModelForCausalLM, model, dtype=dtype, use_safetensors=True, adapter_kwargs=adapter_kwargs
+    )
     if base._hf_peft_config_loaded:  # an adapter of the hub: transformers has put it on its base
         raise ModelError(is_adapter(model.name_or_path, base.config.name_or_path))
     assert base.dtype == dtype

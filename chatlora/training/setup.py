@@ -155,16 +155,16 @@ def prepare_for_engine(
     config: Config, runtime: Runtime, adapted: PeftModel, *, packed: bool, betas: tuple[float, float] = (0.9, 0.999)
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The loss around the model, and AdamW over its adapter, as the engine wants them. The loop sets learning rates."""
-    with layer_by_layer(adapted):
-        loss = TargetLoss(adapted, packed=packed, autocast_dtype=runtime.autocast_dtype)
-    optimizer = torch.optim.AdamW(
-        list(trainable(loss).values()),
-        lr=0.0,
-        betas=betas,
-        weight_decay=config.optim.weight_decay,
-        fused=runtime.device.type in ("cpu", "cuda"),
-    )
     with out_of_memory_told(not_loaded(config.model.name_or_path, runtime)):
+        with layer_by_layer(adapted):
+            loss = TargetLoss(adapted, packed=packed, autocast_dtype=runtime.autocast_dtype)
+        optimizer = torch.optim.AdamW(
+            list(trainable(loss).values()),
+            lr=0.0,
+            betas=betas,
+            weight_decay=config.optim.weight_decay,
+            fused=runtime.device.type in ("cpu", "cuda"),
+        )
         return runtime.prepare(loss, optimizer)
 
 
