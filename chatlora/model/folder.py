@@ -9,6 +9,7 @@ from chatlora.errors import ModelError, similar_beside
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+LFS = b"version https://git-lfs.github.com/spec/"  # how a file begins that `git clone` without LFS leaves
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -49,6 +50,9 @@ def is_adapter(name: str, base: str | None) -> str:
 
 def missing_parts(folder: Path, wanted: str) -> str | None:
     """Which files of a model (`wanted`: model or tokenizer) are not in the folder, and what to copy there."""
+    pointers = [path.name for path in sorted(folder.glob("*")) if _is_pointer(path)]
+    if pointers:
+        return f"{folder} holds Git LFS pointers in place of {', '.join(pointers)}: run `git lfs pull` in it"
     if wanted == "tokenizer":
         if _any(folder, TOKENIZERS) or _any(folder, ("*.tiktoken", "*.model")):
             return None
@@ -80,6 +84,13 @@ def find_adapter(folder: Path) -> Path:
                 raise ModelError(f"{candidate} holds no adapter_model.safetensors (pickled adapters are not read)")
             return candidate
     raise ModelError(f"{folder} holds no adapter: a finished run has adapter/adapter_config.json in it")
+
+
+def _is_pointer(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(LFS)) == LFS
 
 
 def _any(folder: Path, patterns: tuple[str, ...]) -> bool:

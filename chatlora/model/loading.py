@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -143,7 +144,7 @@ def _from_pretrained(auto: Any, model: ModelConfig, **arguments: Any) -> Any:
         return auto.from_pretrained(
             where, revision=model.revision, local_files_only=_from_disk(where), trust_remote_code=False, **arguments
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             raise MemoryError(str(error)) from error
         raise ModelError(f"model.name_or_path: {_explain(where, auto, error)}") from error
@@ -163,7 +164,10 @@ def _explain(where: str, auto: Any, error: Exception) -> str:
         )
     if Path(where).is_dir():
         what = "model" if auto is AutoModelForCausalLM else "tokenizer"
-        return missing_parts(Path(where), what) or f"no {what} can be read from {where}: {reason}"
+        cut_off = (
+            " (cut off while it was copied?); copy or download it again" if isinstance(error, SafetensorError) else ""
+        )
+        return missing_parts(Path(where), what) or f"no {what} can be read from {where}: {reason}{cut_off}"
     unreachable = why_unreachable()
     ways = (
         "Ways on: set HF_ENDPOINT to a mirror that can be reached, give the path of a local folder, or use "

@@ -92,9 +92,8 @@ def test_the_way_on_without_bad_rows_is_told_last_where_other_rows_are_good(trai
     status, told = train_on("t.jsonl")
     assert status == 2
     assert told.splitlines()[-1].startswith(way_on)
-    for nothing_left in ('{"messages": 5}\n' * 2, f"{GOOD}\n[{GOOD}"):
-        Path("t.jsonl").write_text(nothing_left)
-        assert way_on not in train_on("t.jsonl")[1]
+    Path("t.jsonl").write_text('{"messages": 5}\n' * 2)  # nothing would be left
+    assert way_on not in train_on("t.jsonl")[1]
 
 
 def test_all_of_a_file_are_told_at_once_the_first_twenty_and_how_many(train_on: Train) -> None:
