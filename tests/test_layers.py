@@ -33,6 +33,8 @@ WITHOUT_TORCH = (
     "chatlora.reading.sources",
     "chatlora.data.batches",
     "chatlora.evaluation.metrics",
+    "chatlora.model.folder",
+    "chatlora.training.named_files",
     "chatlora.training.schedule",
     "train",
     "evaluate",

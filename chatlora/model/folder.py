@@ -48,11 +48,14 @@ def is_adapter(name: str, base: str | None) -> str:
     )
 
 
-def missing_parts(folder: Path, wanted: str) -> str | None:
-    """Which files of a model (`wanted`: model or tokenizer) are not in the folder, and what to copy there."""
+def fault_in_folder(folder: Path, wanted: str) -> str | None:
+    """What is wrong with a folder's files for a model (`wanted`: model or tokenizer), and what to copy there."""
     pointers = [path.name for path in sorted(folder.glob("*")) if _is_pointer(path)]
     if pointers:
         return f"{folder} holds Git LFS pointers in place of {', '.join(pointers)}: run `git lfs pull` in it"
+    broken = [fault for path in sorted(folder.glob("*.json")) if (fault := _fault_in_json(path))]
+    if broken:
+        return f"{'; '.join(broken)}: copy it again from the folder or hub page that the model comes from"
     if wanted == "tokenizer":
         if _any(folder, TOKENIZERS) or _any(folder, ("*.tiktoken", "*.model")):
             return None
@@ -91,6 +94,14 @@ def _is_pointer(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(len(LFS)) == LFS
+
+
+def _fault_in_json(path: Path) -> str | None:
+    try:
+        json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        return f"{path} cannot be read ({error})"
+    return None
 
 
 def _any(folder: Path, patterns: tuple[str, ...]) -> bool:

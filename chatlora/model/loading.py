@@ -22,7 +22,7 @@ from chatlora.config import ModelConfig
 from chatlora.errors import ModelError
 from chatlora.hub import why_unreachable
 from chatlora.model.adapter_folder import names_from_checkpoint, why_not_fitting
-from chatlora.model.folder import find_adapter, is_adapter, locate, missing_parts, refuse_no_model
+from chatlora.model.folder import fault_in_folder, find_adapter, is_adapter, locate, refuse_no_model
 from chatlora.model.lora import without_false_alarms
 from chatlora.rendering.renderer import Renderer
 from chatlora.rendering.template import chat_template_of, resolve_template_kwargs
@@ -167,7 +167,7 @@ def _explain(where: str, auto: Any, error: Exception) -> str:
         cut_off = (
             " (cut off while it was copied?); copy or download it again" if isinstance(error, SafetensorError) else ""
         )
-        return missing_parts(Path(where), what) or f"no {what} can be read from {where}: {reason}{cut_off}"
+        return fault_in_folder(Path(where), what) or f"no {what} can be read from {where}: {reason}{cut_off}"
     unreachable = why_unreachable()
     ways = (
         "Ways on: set HF_ENDPOINT to a mirror that can be reached, give the path of a local folder, or use "
