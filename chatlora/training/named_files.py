@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 from chatlora.config import Config, with_absolute_paths
 from chatlora.errors import ChatLoraError, ConfigError, similar_beside
@@ -23,10 +24,17 @@ def _missing(config: Config) -> Iterator[tuple[str, str]]:
         for source in () if isinstance(named, float) else named:
             yield from _told(f"data.{setting}", partial(files_of, source))
     yield from _told("model.name_or_path", partial(refuse_no_model, config.model))
-    if template is not None and not template.is_file():
-        yield "model.chat_template", f"{template}: no such file{similar_beside(template)}"
+    if template is not None:
+        yield from _told("model.chat_template", partial(_refuse_no_file, template))
     if adapter is not None:
         yield from _told("lora.init_from", partial(find_adapter, adapter))
+
+
+def _refuse_no_file(path: Path) -> None:
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name the file in it")
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file{similar_beside(path)}")
 
 
 def _told(setting: str, look: Callable[[], object]) -> Iterator[tuple[str, str]]:
@@ -35,3 +43,5 @@ def _told(setting: str, look: Callable[[], object]) -> Iterator[tuple[str, str]]
     except ChatLoraError as error:
         for problem in error.problems:
             yield setting, problem.removeprefix(f"{setting}: ")
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        yield setting, f"{error.filename}: {error.strerror}"

@@ -35,6 +35,18 @@ def test_all_that_is_missing_is_told_at_once_and_leaves_no_run(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("setting", ["data.train", "model.name_or_path", "model.chat_template", "lora.init_from"])
+def test_a_name_that_no_file_can_have_is_told(setting: str) -> None:
+    section, _, name = setting.partition(".")
+    with pytest.raises(ConfigError, match=rf"{setting}: .*: File name too long"):
+        refuse_missing_files(Config.model_validate({section: {name: "./" + "a" * 300}}))
+
+
+def test_a_folder_in_place_of_a_template_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder; name the file in it"):
+        refuse_missing_files(Config.model_validate({"model": {"chat_template": str(tmp_path)}}))
+
+
 def test_torch_is_not_imported_for_it(world: Path) -> None:
     code = (
         "import sys, train\nfrom chatlora.errors import ConfigError\n"
