@@ -14,6 +14,7 @@ from chatlora.config import Config
 from chatlora.config_files import HELP, help_text, load_config
 from chatlora.distributed.signals import StopSignals
 from chatlora.errors import NonFiniteError, Stopped, run_as_script
+from chatlora.training.named_files import refuse_missing_files
 from chatlora.training.schedule import Schedule
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: not for `--help`, not for a typo in a setting
@@ -140,6 +141,7 @@ def main(argv: Sequence[str]) -> None:
         return
     with StopSignals() as signals:  # before the seconds that the imports take
         loaded = load_config(argv, default="demo")
+        refuse_missing_files(loaded.config)
 
         from chatlora.distributed.memory import out_of_memory_told
         from chatlora.distributed.runtime import start

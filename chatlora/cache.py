@@ -1,7 +1,12 @@
 """Where things that can be made again are kept for the user, between runs and outside any run directory."""
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from chatlora.errors import ConfigError
 
 
 def cache_root() -> Path:
@@ -14,3 +19,23 @@ def cache_root() -> Path:
         return Path(named).expanduser().absolute()
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (shared if shared.is_absolute() else Path.home() / ".cache") / "chatlora"
+
+
+@contextmanager
+def written_cache(folder: Path) -> Iterator[None]:
+    """Within, a folder of the cache is there and can be written; else one sentence names the variable to set."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is None:  # not of the file system: transformers raises such ones too
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = (
+            "free some room, or set CHATLORA_CACHE to another disk"
+            if full
+            else "set CHATLORA_CACHE to a folder that can be"
+        )
+        raise ConfigError(
+            f"the cache folder {folder} cannot be written ({os.strerror(error.errno)}): {remedy}"
+        ) from error

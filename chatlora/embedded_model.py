@@ -18,7 +18,6 @@ What the conversion keeps and mends, found by comparing with the published token
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from chatlora.cache import cache_root
+from chatlora.cache import cache_root, written_cache
 from chatlora.errors import ModelError, did_you_mean
 
 if TYPE_CHECKING:
@@ -77,19 +76,24 @@ def embedded_model(name: str) -> Path:
     Several processes may ask at once: one makes it, the others wait. Where it is made already, neither torch nor
     transformers is imported. Raises ModelError where the name is unknown, the download fails or a hash is wrong.
     """
+    source = source_of(name)
+    folder = cache_root() / "embedded" / source.name
+    if _is_complete(folder, source):
+        return folder
+    with written_cache(folder.parent), FileLock(folder.with_name(f"{source.name}.lock")):
+        if not _is_complete(folder, source):  # another process may have made it while this one waited
+            _make(source, folder)
+    return folder
+
+
+def source_of(name: str) -> EmbeddedModel:
+    """What `name` (with or without `embedded:`) stands for. Raises ModelError where it is unknown."""
     source = EMBEDDED.get(name.removeprefix(PREFIX))
     if source is None:
         known = [PREFIX + each for each in EMBEDDED]
         hint = did_you_mean(PREFIX + name.removeprefix(PREFIX), known) or f"; there is {', '.join(known)}"
         raise ModelError(f"model.name_or_path: there is no embedded model '{name}'{hint}")
-    folder = cache_root() / "embedded" / source.name
-    if _is_complete(folder, source):
-        return folder
-    _open(folder.parent)
-    with FileLock(folder.with_name(f"{source.name}.lock")):
-        if not _is_complete(folder, source):  # another process may have made it while this one waited
-            _make(source, folder)
-    return folder
+    return source
 
 
 def _is_complete(folder: Path, source: EmbeddedModel) -> bool:
@@ -103,16 +107,6 @@ def _is_complete(folder: Path, source: EmbeddedModel) -> bool:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _open(home: Path) -> None:
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        writable = os.access(home, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        raise ModelError(f"{home} cannot be written to: set CHATLORA_CACHE to a folder that can be")
 
 
 def _make(source: EmbeddedModel, folder: Path) -> None:

@@ -20,6 +20,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple, Self
 
 SHOWN = 20  # problems of one kind that are spelled out; the rest are counted
@@ -57,7 +58,16 @@ class ConfigError(ChatLoraError):
 
 
 class DataError(ChatLoraError):
+    """`way_on` is a sentence below all problems, however many there are."""
+
     title = "The data has problems"
+
+    def __init__(self, *problems: str, way_on: str = "") -> None:
+        super().__init__(*problems)
+        self.way_on = way_on
+
+    def __str__(self) -> str:
+        return "\n".join(filter(None, (super().__str__(), self.way_on)))
 
 
 class ModelError(ChatLoraError):
@@ -149,6 +159,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'assistant'?"` where a known word is close, else the empty string."""
     close = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def similar_beside(path: Path) -> str:
+    """`did_you_mean` over the names in the folder in which a path was looked for."""
+    return did_you_mean(path.name, (each.name for each in path.parent.iterdir())) if path.parent.is_dir() else ""
 
 
 def this_rank() -> str:

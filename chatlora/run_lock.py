@@ -51,26 +51,39 @@ def lock_run(config: Config, name: str, contents_of: Contents) -> tuple[Opened, 
         finished = begun == path and _is_finished(path) and _ends(before) == _ends(config)
         if finished:
             _refuse_other_contents(contents_of(config), path)
+        elif begun == path:
+            _refuse_to_begin_again(path)
     if config.model.chat_template_date is None:
         config = config.with_values("model", chat_template_date=date.today())
     return Opened(config, finished), _locked(path)
 
 
 def resume_source(config: Config) -> Path | None:
-    """The run directory whose checkpoints this run goes on from: its own, that of `checkpoint.resume`, or none.
+    """The run directory that this run goes on from: its own, that of the checkpoint in `checkpoint.resume`, or none.
 
-    A run without a checkpoint starts at step 0 in any case, so that nothing holds it to what it was begun with.
+    A run that is neither finished nor has a checkpoint starts at step 0 in any case, so that nothing holds it to what
+    it was begun with.
     """
     own, resume = config.run.output_dir, config.checkpoint.resume
     assert own is not None, "lock_run() settles it"
-    if _checkpoints_in(own):
+    if _checkpoints_in(own) or _is_finished(own):
         return own
     return None if resume in ("auto", "never") else Path(resume).absolute().parent.parent
 
 
 def _is_finished(path: Path) -> bool:
     # Without its adapter, a finished run exports it again from its last checkpoint.
-    return read_status(path).get("state") == "done" and (path / "adapter" / "adapter_config.json").is_file()
+    return (path / "adapter" / "adapter_config.json").is_file() and read_status(path).get("state") == "done"
+
+
+def _refuse_to_begin_again(path: Path) -> None:
+    """Raise ConfigError where a finished run would go on, longer than it was, and its checkpoints are gone."""
+    if not _checkpoints_in(path):
+        raise ConfigError(
+            f"the run in {path} is finished, and without its checkpoints it cannot go on: it would begin again at step "
+            "0 and overwrite its adapter. Put checkpoints/ back, or give this run a folder of its own with "
+            "--run.output_dir (lora.init_from takes the adapter along)"
+        )
 
 
 def _locked(path: Path) -> FileLock:
@@ -137,8 +150,9 @@ def _refuse_resume(resume: str, path: Path) -> None:
     if resume == "auto":
         return
     if resume == "never":
-        if own:
-            raise ConfigError(f"checkpoint.resume is never, but {path} holds checkpoints: {elsewhere}")
+        if own or _is_finished(path):
+            held = "checkpoints" if own else "a finished run"
+            raise ConfigError(f"checkpoint.resume is never, but {path} holds {held}: {elsewhere}")
         return
     home = Path(resume)
     if not (home / "manifest.json").is_file():

@@ -151,7 +151,6 @@ FILES = [  # other kinds of file
     Broken("Parquet's middle lost", _PARQUET[:4] + b"\0" * 200 + _PARQUET[204:], "{}", "not readable as Parquet", "Copy it again", "t.parquet"),
     Broken("no Parquet", b"PAR1 broken", "{}", "not readable as Parquet", "Copy it again", "t.parquet"),
     Broken("integers in Parquet", parquet_of([{"prompt": 5, "completion": "c"}]), "{}: row 1", "the number 5", "put it in quotes", "t.parquet"),
-    Broken("another kind of file", b"rows", "{}", "not a data file that chatlora reads", "the endings are", "t.txt"),
 ]  # fmt: skip
 RENDERED = [  # rows that can be read, and cannot be learned from
     Broken("empty conversation", messages(), "{}:1", "no assistant message is a target", _NOTHING_TO_LEARN, readable=True),

@@ -18,7 +18,7 @@ from rapidfuzz import fuzz, process
 from chatlora import embedded_model as demo
 from chatlora.cache import cache_root
 from chatlora.embedded_model import EMBEDDED, SMOLLM2, embedded_model
-from chatlora.errors import ModelError
+from chatlora.errors import ConfigError, ModelError
 
 PRESETS = Path(demo.__file__).parent / "presets"
 NAME = "embedded:smollm2-135m-instruct"
@@ -156,7 +156,7 @@ def test_without_pip_the_complaint_of_uv_is_told(
 def test_a_cache_that_cannot_be_written_to_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("CHATLORA_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ModelError, match="set CHATLORA_CACHE to a folder that can be"):
+    with pytest.raises(ConfigError, match="set CHATLORA_CACHE to a folder that can be"):
         embedded_model(NAME)
 
 

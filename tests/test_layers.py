@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "chatlora"
 
 # From the ground up. A room imports from its own layer and from those below it.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "cache", "progress"}),
+    frozenset({"errors", "cache", "hub", "progress"}),
     frozenset({"config", "config_files", "config_rows", "run_directory", "run_lock", "embedded_model"}),
     frozenset({"reading"}),
     frozenset({"rendering"}),
@@ -33,6 +33,8 @@ WITHOUT_TORCH = (
     "chatlora.reading.sources",
     "chatlora.data.batches",
     "chatlora.evaluation.metrics",
+    "chatlora.model.folder",
+    "chatlora.training.named_files",
     "chatlora.training.schedule",
     "train",
     "evaluate",

@@ -4,7 +4,6 @@ A folder's name says what it was made from, so it never goes stale. It is writte
 one process of a machine build while the others wait, and a folder that is broken is built again.
 """
 
-import errno
 import hashlib
 import json
 import shutil
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
-from chatlora.errors import DataError
+from chatlora.cache import written_cache
 from chatlora.rendering.examples import IGNORE_INDEX, Example
 
 ROWS_PER_BATCH = 256  # examples in one record batch: what a lookup divides by
@@ -99,8 +98,7 @@ def built_once(folder: Path, build: Callable[[Path], dict[str, Any]]) -> Example
     store = _opened(folder)
     if store is not None:
         return store
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with written_cache(folder.parent), FileLock(f"{folder}.lock"):
         store = _opened(folder)  # another process may have built it while this one waited
         if store is not None:
             return store
@@ -108,15 +106,8 @@ def built_once(folder: Path, build: Callable[[Path], dict[str, Any]]) -> Example
         for stale in (partial, folder):
             shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir()
-        try:
-            record = {**build(partial), "sha256": _sha256(partial / EXAMPLES)}
-            (partial / RECORD).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise DataError(
-                f"{folder.parent}: no room for the rendered examples; free some, or set CHATLORA_CACHE to another disk"
-            ) from error
+        record = {**build(partial), "sha256": _sha256(partial / EXAMPLES)}
+        (partial / RECORD).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
         partial.rename(folder)
         store = _opened(folder)
         assert store is not None, f"{folder} is broken although it was just written"

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from chatlora.cache import cache_root
 from chatlora.data.evaluation_set import EvalSample, prepare_evaluation_data
 from chatlora.data.ledger import summary_lines
+from chatlora.distributed import memory
 from chatlora.distributed.runtime import Runtime
 from chatlora.distributed.zero3 import layer_by_layer, refuse_stacked_experts
 from chatlora.errors import OutOfMemoryError
@@ -35,7 +36,8 @@ from chatlora.evaluation.generation import (
 from chatlora.evaluation.scoring import score_into, told_in
 from chatlora.evaluation.sharding import collect, mark_complete, open_parts, remove_parts, shard_batches
 from chatlora.model.adapter_folder import as_adapter_was_trained
-from chatlora.model.loading import find_adapter, load_adapter, load_base_model, load_tokenizer, renderer_for
+from chatlora.model.folder import find_adapter
+from chatlora.model.loading import load_adapter, load_base_model, load_tokenizer, renderer_for
 from chatlora.reading.scan import inputs_of, scan
 from chatlora.rendering.renderer import Renderer
 
@@ -102,12 +104,13 @@ def set_up(request: Request, runtime: Runtime) -> Actors:
     samples, ledger = _samples(request, renderer)
     for line in summary_lines(ledger):
         say(line)
-    model: Model = runtime.move_to_device(load_base_model(config.model, dtype=runtime.dtype)).eval()
-    if adapter is not None:
-        model = load_adapter(model, adapter)
-        refuse_stacked_experts(model)
-    fitting = batch_budget(model, runtime.device)
-    model = runtime.for_generation(model)
+    with memory.out_of_memory_told(memory.not_loaded(config.model.name_or_path, runtime)):
+        model: Model = runtime.move_to_device(load_base_model(config.model, dtype=runtime.dtype)).eval()
+        if adapter is not None:
+            model = load_adapter(model, adapter)
+            refuse_stacked_experts(model)
+        fitting = batch_budget(model, runtime.device)
+        model = runtime.for_generation(model)
 
     longest = config.evaluation.max_new_tokens
     stop_ids = all_stop_ids(model, tokenizer, renderer.stop_ids)

@@ -1,5 +1,6 @@
 """Base models, tokenizers and adapters from a folder, the hub or the embedded model. No remote code, no pickle."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -7,8 +8,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -18,21 +19,13 @@ from transformers import (
 from transformers.utils import logging
 
 from chatlora.config import ModelConfig
-from chatlora.embedded_model import embedded_model
 from chatlora.errors import ModelError
+from chatlora.hub import why_unreachable
 from chatlora.model.adapter_folder import names_from_checkpoint, why_not_fitting
+from chatlora.model.folder import fault_in_folder, find_adapter, is_adapter, locate, refuse_no_model
 from chatlora.model.lora import without_false_alarms
 from chatlora.rendering.renderer import Renderer
 from chatlora.rendering.template import chat_template_of, resolve_template_kwargs
-
-EMBEDDED = "embedded:"
-
-
-def locate(name_or_path: str) -> str:
-    """What transformers is asked for: a local folder, or a name on the hub."""
-    if name_or_path.startswith(EMBEDDED):
-        return str(embedded_model(name_or_path))
-    return name_or_path
 
 
 def load_tokenizer(model: ModelConfig, adapter: Path | None = None) -> PreTrainedTokenizerBase:
@@ -40,7 +33,7 @@ def load_tokenizer(model: ModelConfig, adapter: Path | None = None) -> PreTraine
 
     With an adapter, the one that was saved with it, if any: what it was trained with, template included.
     """
-    _refuse_adapter(model)
+    refuse_no_model(model)
     if adapter is not None and model.chat_template is None and (adapter / "tokenizer_config.json").is_file():
         return _from_pretrained(AutoTokenizer, ModelConfig(name_or_path=str(adapter)))
     tokenizer = _from_pretrained(AutoTokenizer, model)
@@ -57,10 +50,13 @@ def load_base_model(model: ModelConfig, *, dtype: torch.dtype) -> PreTrainedMode
 
     That is the fastest one that is exact on it: eager where scaled-dot-product attention lacks soft-capping or sinks.
     """
-    _refuse_adapter(model)
-    base = _from_pretrained(AutoModelForCausalLM, model, dtype=dtype, use_safetensors=True)
+    refuse_no_model(model)
+    adapter_kwargs = {"local_files_only": _from_disk(locate(model.name_or_path))}  # it would ask the hub for one
+    base = _from_pretrained(
+        AutoModelForCausalLM, model, dtype=dtype, use_safetensors=True, adapter_kwargs=adapter_kwargs
+    )
     if base._hf_peft_config_loaded:  # an adapter of the hub: transformers has put it on its base
-        raise ModelError(_is_adapter(model.name_or_path, base.config.name_or_path))
+        raise ModelError(is_adapter(model.name_or_path, base.config.name_or_path))
     assert base.dtype == dtype
     # transformers 5 keeps no record of it; under this name it is left out of what a configuration saves.
     base.config._commit_hash = model.revision
@@ -84,7 +80,7 @@ def generation_stop_ids(model: ModelConfig) -> tuple[int, ...]:
     """The stop tokens that the checkpoint's generation_config.json names; none where it has no such file."""
     where = locate(model.name_or_path)
     try:
-        config = GenerationConfig.from_pretrained(where, revision=model.revision, local_files_only=Path(where).is_dir())
+        config = GenerationConfig.from_pretrained(where, revision=model.revision, local_files_only=_from_disk(where))
     except OSError:
         return ()
     ids = config.eos_token_id
@@ -140,63 +136,43 @@ def refuse_ids_without_row(base: PreTrainedModel, tokenizer: PreTrainedTokenizer
         )
 
 
-def find_adapter(folder: Path) -> Path:
-    """The adapter in a run directory (its adapter/), or the folder itself."""
-    for candidate in (folder / "adapter", folder):
-        if (candidate / "adapter_config.json").is_file():
-            if not (candidate / "adapter_model.safetensors").is_file():
-                raise ModelError(f"{candidate} holds no adapter_model.safetensors (pickled adapters are not read)")
-            return candidate
-    raise ModelError(f"{folder} holds no adapter: a finished run has adapter/adapter_config.json in it")
-
-
-def _refuse_adapter(model: ModelConfig) -> None:
-    """Raise ModelError where `model.name_or_path` is an adapter's folder or a run directory, which hold no model."""
-    folder = Path(model.name_or_path)
-    if (folder / "adapter_config.json").is_file():
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        raise ModelError(_is_adapter(model.name_or_path, settings.get("base_model_name_or_path")))
-    if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
-        raise ModelError(
-            f"model.name_or_path: {folder} is a run directory, not a model: `evaluate.py {folder}` evaluates it, and "
-            f"training goes on from its adapter with lora.init_from"
-        )
-
-
-def _is_adapter(name: str, base: str | None) -> str:
-    return (
-        f"model.name_or_path: {name} is an adapter, not a model. Name its base model there ({base}), and the adapter "
-        f"with `--adapter {name}` of evaluate.py, or in lora.init_from to train on from it"
-    )
-
-
 def _from_pretrained(auto: Any, model: ModelConfig, **arguments: Any) -> Any:
     if not sys.stderr.isatty():  # a log file would keep every state of a progress bar
         logging.disable_progress_bar()
     where = locate(model.name_or_path)
-    is_local = Path(where).is_dir()
-    if not is_local and (where.startswith((".", "/", "~")) or where.count("/") > 1):
-        raise ModelError(f"model.name_or_path: the folder {where} does not exist")
     try:
         return auto.from_pretrained(
-            where, revision=model.revision, local_files_only=is_local, trust_remote_code=False, **arguments
+            where, revision=model.revision, local_files_only=_from_disk(where), trust_remote_code=False, **arguments
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_explain(where, is_local, auto, error)) from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            raise MemoryError(str(error)) from error
+        raise ModelError(f"model.name_or_path: {_explain(where, auto, error)}") from error
 
 
-def _explain(where: str, is_local: bool, auto: Any, error: Exception) -> str:
+def _from_disk(where: str) -> bool:
+    """Whether nothing is asked of the hub: of a folder never, of what is cached not where the hub does not answer."""
+    return Path(where).is_dir() or why_unreachable() is not None
+
+
+def _explain(where: str, auto: Any, error: Exception) -> str:
     reason = " ".join(str(error).split())
     if "trust_remote_code" in reason:
         return (
             f"{where} comes with code of its own, which chatlora never runs. Use a checkpoint that transformers knows "
             "natively: `chatlora convert-chatglm3` makes one of ChatGLM3, GLM-4 has them (glm-4-9b-chat-hf, GLM-4-0414)"
         )
-    if is_local:
-        what = "model" if auto in (AutoModelForCausalLM, AutoConfig) else "tokenizer"
-        return f"model.name_or_path: no {what} can be read from {where}: {reason}"
-    return (
-        f"model.name_or_path: {where} could not be fetched from the model hub. Ways on: set HF_ENDPOINT to a mirror "
-        f"that can be reached, give the path of a local folder, or use embedded:smollm2-135m-instruct. "
-        f"The reason was: {reason}"
+    if Path(where).is_dir():
+        what = "model" if auto is AutoModelForCausalLM else "tokenizer"
+        cut_off = (
+            " (cut off while it was copied?); copy or download it again" if isinstance(error, SafetensorError) else ""
+        )
+        return fault_in_folder(Path(where), what) or f"no {what} can be read from {where}: {reason}{cut_off}"
+    unreachable = why_unreachable()
+    ways = (
+        "Ways on: set HF_ENDPOINT to a mirror that can be reached, give the path of a local folder, or use "
+        "embedded:smollm2-135m-instruct"
     )
+    if unreachable is None:
+        return f"{where} could not be fetched from the model hub. {ways}. The reason was: {reason}"
+    return f"{where} is no folder here, it is not whole in the hub's local cache, and {unreachable}. {ways}"

@@ -14,7 +14,7 @@ from peft import (
 from chatlora.config import LoraConfig
 from chatlora.errors import ModelError
 from chatlora.model.adapter_folder import WEIGHTS, names_from_checkpoint
-from chatlora.model.loading import find_adapter
+from chatlora.model.folder import find_adapter
 from chatlora.model.lora import kind_of, without_false_alarms
 
 

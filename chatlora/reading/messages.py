@@ -21,6 +21,11 @@ ROLE_NAMES: dict[str, Role] = {
     "observation": "tool",  # ChatGLM3, ShareGPT
     "function": "tool",  # OpenAI before tool_calls
 }
+ROLES_UNDER = {  # by the key of the role, which tells the form: what a role is called there
+    "role": ROLES,
+    "from": ("system", "human", "gpt", "function_call", "observation"),
+}
+MEANT_BY = {"ai": "assistant", "bot": "assistant", "chatbot": "assistant", "chatgpt": "assistant", "prompter": "user"}
 MOST_LEVELS = 64  # of lists and objects inside each other; templates, and Python, walk them by recursion
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
@@ -53,16 +58,25 @@ def read_message(
 
 def read_role(fields: Mapping[str, Any], key: str, path: str, problems: list[str]) -> Role | None:
     value = fields.get(key)
+    known = ", ".join(ROLES_UNDER[key])
     if value is None:
-        problems.append(f"{path}.{key} is missing{_instead(fields, key)}; it is one of {', '.join(ROLES)}")
+        problems.append(f"{path}.{key} is missing{_instead(fields, key)}; it is one of {known}")
     elif not isinstance(value, str):
-        problems.append(f"{path}.{key} is {described(value)}, not one of {', '.join(ROLES)}")
+        problems.append(f"{path}.{key} is {described(value)}, not one of {known}")
     elif value not in ROLE_NAMES:
-        remedy = did_you_mean(value.lower(), ROLE_NAMES) or f"; the roles are {', '.join(ROLES)}"
-        problems.append(f"{path}.{key} is {value!r}{remedy}")
+        problems.append(f"{path}.{key} is {value!r}{_meant(value, key)} the roles are {known}")
     else:
         return ROLE_NAMES[value]
     return None
+
+
+def _meant(value: str, key: str) -> str:
+    """The role that an unknown one was meant to be, by the name that the row's form has for it; else a semicolon."""
+    word = value.strip().lower()
+    meant = MEANT_BY.get(word)
+    if meant is None:
+        return did_you_mean(word, (*ROLES_UNDER[key], *ROLE_NAMES)) or ";"
+    return f"; did you mean '{next(name for name in ROLES_UNDER[key] if ROLE_NAMES.get(name) == meant)}'?"
 
 
 def read_text(value: Any, path: str, problems: list[str], instead: str = "") -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from chatlora.cache import written_cache
 from chatlora.config import OnBadRow, Source
 from chatlora.errors import DataError
 from chatlora.progress import track
@@ -59,21 +60,30 @@ def scan(inputs: Sequence[Input], cache_folder: Path, on_bad_row: OnBadRow = "er
     """Parse every row, or recall what that found. Raises one DataError with all mistakes of all sources."""
     key = digest([code_digest(), on_bad_row, [each.identity for each in inputs]])
     path = cache_folder / f"scan-{key}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        try:
-            return Scan(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            found = _look(inputs, on_bad_row)  # not there yet, or broken
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(found)), encoding="utf-8")
-        partial.replace(path)
+    found = _recalled(path)
+    if found is not None:
+        return found
+    with written_cache(path.parent), FileLock(f"{path}.lock"):
+        found = _recalled(path)  # another process may have looked while this one waited
+        if found is None:
+            found = _look(inputs, on_bad_row)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(asdict(found)), encoding="utf-8")
+            partial.replace(path)
     return found
+
+
+def _recalled(path: Path) -> Scan | None:
+    try:
+        return Scan(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # not there yet, or broken
+        return None
 
 
 def _look(inputs: Sequence[Input], on_bad_row: OnBadRow) -> Scan:
     rows: list[int] = []
     problems: list[str] = []
+    way_on = ""
     any_reasoning = False
     for each in inputs:
         rows.append(0)
@@ -84,8 +94,9 @@ def _look(inputs: Sequence[Input], on_bad_row: OnBadRow) -> Scan:
                 any_reasoning = any_reasoning or any(message.reasoning for message in conversation.messages)
         except DataError as error:
             problems += error.problems
+            way_on = way_on or error.way_on
     if problems:
-        raise DataError(*problems)
+        raise DataError(*problems, way_on=way_on)
     return Scan(any_reasoning, rows)
 
 

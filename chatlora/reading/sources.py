@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chatlora.config import Source
-from chatlora.errors import DataError, did_you_mean
+from chatlora.errors import DataError, did_you_mean, similar_beside
+from chatlora.hub import why_unreachable
 from chatlora.reading.conversation import Conversation, Message
 from chatlora.reading.files import READERS, BadRow, Rows, without_nulls
 from chatlora.reading.formats import parse_row
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 EMBEDDED = "embedded:"
+LEAVE_OUT = "To train without such rows: --data.on_bad_row set_aside, which names each of them in the ledger."
 MOST_PROBLEMS = 10_000  # reading stops after so many mistakes
 ENDINGS = ", ".join(READERS)
 OTHER_ENDINGS = (".txt", ".gz", ".zst", ".xz", ".zip", ".tar", ".arrow", ".xlsx", ".yaml", ".yml", ".md", ".py")
@@ -60,6 +62,7 @@ def read_conversations(
     is raised with all.
     """
     problems: list[str] = []
+    any_good = any_to_leave_out = False
     for row, place in _rows(source, split):
         conversation, found, ends = None, [], False
         if isinstance(row, BadRow):
@@ -73,18 +76,20 @@ def read_conversations(
             set_aside.append(Unread(place, "; ".join(problem.removeprefix(f"{place}: ") for problem in found)))
         else:
             problems += found
+            any_to_leave_out |= bool(found) and not ends
+        any_good |= conversation is not None
         if problems:
             _stop_at_too_many(problems)
         elif conversation is not None:
             yield _with_system(conversation, system)
     if problems:
-        raise DataError(*problems)
+        raise DataError(*problems, way_on=LEAVE_OUT if any_good and any_to_leave_out else "")
 
 
 def fingerprint(source: Source, *, split: str = "train") -> str:
     """sha256 over the contents of a source's files (of a hub data set: over its files in the local cache)."""
     digest = hashlib.sha256()
-    files = _files(source)
+    files = files_of(source)
     if files is None:
         digest.update((source.split or split).encode())
         files = [(path, "") for path in _hub_files(_hub_dataset(source, split))]
@@ -95,7 +100,7 @@ def fingerprint(source: Source, *, split: str = "train") -> str:
 
 
 def is_on_hub(source: Source) -> bool:
-    return _files(source) is None
+    return files_of(source) is None
 
 
 def _stop_at_too_many(problems: list[str]) -> None:
@@ -111,7 +116,7 @@ def _with_system(conversation: Conversation, system: str | None) -> Conversation
 
 def _rows(source: Source, split: str) -> Rows:
     empty = True
-    for row, place in _hub_rows(source, split) if (files := _files(source)) is None else _file_rows(files):
+    for row, place in _hub_rows(source, split) if (files := files_of(source)) is None else _file_rows(files):
         empty = False
         yield row, place
     if empty:
@@ -126,7 +131,7 @@ def _file_rows(files: list[tuple[Path, str]]) -> Rows:
             yield BadRow(f"cannot be read ({error.strerror or error}); look at its permissions", ends=True), name
 
 
-def _files(source: Source) -> list[tuple[Path, str]] | None:
+def files_of(source: Source) -> list[tuple[Path, str]] | None:
     """The files of a source, sorted, each with the name that its places begin with; None for a hub data set."""
     named = source.path
     if named.startswith(EMBEDDED):
@@ -139,7 +144,8 @@ def _files(source: Source) -> list[tuple[Path, str]] | None:
     elif any(character in named for character in "*?["):
         found = sorted(file for file in _matching(path) if file.is_file())
     elif _looks_like_file(named, path):
-        raise DataError(f"{named}: no such file or folder under {path.absolute().parent}{_similar(path)}")
+        hint = similar_beside(path) if path.parent.is_dir() else "; that folder does not exist either"
+        raise DataError(f"{named}: no such file or folder under {path.absolute().parent}{hint}")
     else:
         return None
     if not found:
@@ -178,12 +184,6 @@ def _looks_like_file(named: str, path: Path) -> bool:
     return "/" in named and path.parent.is_dir()
 
 
-def _similar(path: Path) -> str:
-    if not path.parent.is_dir():
-        return "; that folder does not exist either"
-    return did_you_mean(path.name, (file.name for file in path.parent.iterdir()))
-
-
 def _hub_rows(source: Source, split: str) -> Rows:
     name = f"{source.path}[{source.split or split}]"
     for number, row in enumerate(_hub_dataset(source, split), start=1):
@@ -195,14 +195,29 @@ def _hub_dataset(source: Source, split: str) -> "Dataset":
     from datasets.exceptions import DatasetsError
 
     name, _, subset = source.path.partition(":")
+    unreachable = None if _is_cached(name) else why_unreachable()
+    if unreachable:
+        raise _not_given(source, f"no copy in the cache of data sets, and {unreachable}")
     try:
         return load_dataset(name, subset or None, split=source.split or split)
     except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(
-            f"{source.path}: no such file here, and the hub did not give such a data set ({_one_line(error)}); where "
-            "the hub cannot be reached, set HF_ENDPOINT to a mirror, give the path of a local file, or try the "
-            "built-in demo: train.py without arguments"
-        ) from error
+        raise _not_given(source, f"the hub did not give such a data set ({_one_line(error)})") from error
+
+
+def _not_given(source: Source, reason: str) -> DataError:
+    return DataError(
+        f"{source.path}: no such file here, and {reason}; where the hub cannot be reached, set HF_ENDPOINT to a "
+        "mirror, give the path of a local file, or try the built-in demo: train.py without arguments"
+    )
+
+
+def _is_cached(name: str) -> bool:
+    """Whether datasets has prepared this data set before: without the hub it then takes that."""
+    from datasets import config
+
+    folder = Path(config.HF_DATASETS_CACHE)
+    kept = {each.name.replace("_", "").lower() for each in folder.iterdir()} if folder.is_dir() else set()
+    return name.replace("/", "").replace("_", "").lower() in kept
 
 
 def _hub_files(dataset: "Dataset") -> list[Path]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from datetime import date, datetime, time
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
+
 from chatlora.errors import ModelError, SetAside
 from chatlora.rendering.control_text import PRIVATE, is_masked
 from chatlora.rendering.limits import PROBE, TOO_MUCH, bounded, check_output
@@ -95,7 +97,11 @@ def chat_template_of(tokenizer: Any, chat_template: str | None) -> str:
     except ModelError:
         raise
     except Exception as error:  # jinja2 raises its own kinds, transformers ImportError for an old jinja2
-        raise ModelError(f"the chat template does not compile: {error}; see `model.chat_template`") from error
+        line = f" in line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+        raise ModelError(
+            f"the chat template (of model.chat_template, else of {tokenizer.name_or_path or 'the tokenizer'}) does not "
+            f"compile{line}: {str(error).rstrip('.')}; mend it, or set model.chat_template to another Jinja file"
+        ) from error
     return str(template)
 
 

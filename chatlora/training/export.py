@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from chatlora.config import Config
+from chatlora.distributed.memory import NOT_EXPORTED, out_of_memory_told
 from chatlora.distributed.runtime import Runtime
 from chatlora.errors import ModelError
 from chatlora.model.adapter_folder import (
@@ -25,6 +26,7 @@ from chatlora.training.checkpoint import home_of, read_checkpoint, why_broken
 from chatlora.training.state import gather_adapter
 
 
+@out_of_memory_told(NOT_EXPORTED)
 def export_adapter(
     config: Config,
     runtime: Runtime,

@@ -22,6 +22,7 @@ from chatlora.data.dataset import PreparedData, Say, prepare_training_data
 from chatlora.data.held_out import HELD_OUT, kept_by
 from chatlora.data.ledger import summary_lines
 from chatlora.data.loader import Loader
+from chatlora.distributed.memory import not_loaded, out_of_memory_told
 from chatlora.distributed.runtime import Runtime
 from chatlora.distributed.zero3 import layer_by_layer, num_elements, refuse_stacked_experts
 from chatlora.errors import ConfigError, LaunchError, ModelError
@@ -118,17 +119,18 @@ def load_model(
     config: Config, runtime: Runtime, tokenizer: PreTrainedTokenizerBase, data: PreparedData, say: Say
 ) -> tuple[PeftModel, bool]:
     """The base model with a fresh adapter or that of `lora.init_from`, and whether its batches must be padded."""
-    base = runtime.move_to_device(load_base_model(config.model, dtype=runtime.dtype))
-    padded = is_padded(base, runtime, say)
-    refuse_ids_without_row(base, tokenizer, data.largest_id)
-    adapted = add_lora(base, config.lora, config.run.seed, config.model.revision)
-    refuse_stacked_experts(adapted)
-    if config.lora.init_from is not None:
-        start_from(adapted, config.lora)
-    for line in describe_lora(adapted):
-        say(line)
-    if config.model.gradient_checkpointing:
-        adapted.activation_checkpointing_enable({"use_reentrant": False})
+    with out_of_memory_told(not_loaded(config.model.name_or_path, runtime)):
+        base = runtime.move_to_device(load_base_model(config.model, dtype=runtime.dtype))
+        padded = is_padded(base, runtime, say)
+        refuse_ids_without_row(base, tokenizer, data.largest_id)
+        adapted = add_lora(base, config.lora, config.run.seed, config.model.revision)
+        refuse_stacked_experts(adapted)
+        if config.lora.init_from is not None:
+            start_from(adapted, config.lora)
+        for line in describe_lora(adapted):
+            say(line)
+        if config.model.gradient_checkpointing:
+            adapted.activation_checkpointing_enable({"use_reentrant": False})
     return adapted, padded
 
 
@@ -166,9 +168,10 @@ def prepare_for_engine(
     optimizer: torch.optim.Optimizer | None = None,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The loss around the model, and the optimizer of its adapter, as the engine wants them."""
-    with layer_by_layer(adapted):
-        loss = TargetLoss(adapted, packed=packed, autocast_dtype=runtime.autocast_dtype)
-    return runtime.prepare(loss, optimizer or make_optimizer(config, runtime, list(trainable(adapted).values())))
+    with out_of_memory_told(not_loaded(config.model.name_or_path, runtime)):
+        with layer_by_layer(adapted):
+            loss = TargetLoss(adapted, packed=packed, autocast_dtype=runtime.autocast_dtype)
+        return runtime.prepare(loss, optimizer or make_optimizer(config, runtime, list(trainable(adapted).values())))
 
 
 def make_optimizer(config: Config, runtime: Runtime, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

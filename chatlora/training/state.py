@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from chatlora.config import CheckpointConfig
+from chatlora.distributed.memory import NOT_SAVED, out_of_memory_told
 from chatlora.distributed.optimizer_state import torch_optimizer
 from chatlora.distributed.runtime import Runtime
 from chatlora.distributed.zero3 import full_shape
@@ -30,6 +31,7 @@ from chatlora.training.checkpoint import (
 )
 
 
+@out_of_memory_told(NOT_SAVED)
 def save_checkpoint(
     checkpoint: CheckpointConfig,
     run: RunDirectory,

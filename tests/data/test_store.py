@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from chatlora.data.store import ExampleStore, Stored, built_once, count_targets, write_examples
-from chatlora.errors import DataError
+from chatlora.errors import ConfigError
 from chatlora.rendering.examples import IGNORE_INDEX, Example
 
 
@@ -73,5 +73,13 @@ def test_a_full_disk_is_told_with_the_setting_to_change(tmp_path: Path) -> None:
     def build(_: Path) -> dict[str, Any]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(DataError, match="CHATLORA_CACHE"):
+    with pytest.raises(ConfigError, match="free some room, or set CHATLORA_CACHE"):
         built_once(tmp_path / "key", build)
+
+
+def test_a_folder_that_cannot_be_written_is_told_with_the_setting_to_change(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "key.lock").mkdir()
+    for folder in (tmp_path / "file" / "data" / "key", tmp_path / "key"):
+        with pytest.raises(ConfigError, match=r"cannot be written .*set CHATLORA_CACHE to a folder that can be"):
+            built_once(folder, build_three)

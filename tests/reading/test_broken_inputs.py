@@ -79,6 +79,23 @@ def test_a_folder_without_data(train_on: Train, name: str) -> None:
     assert "data: no data file is there; files are known by their endings: .jsonl" in told
 
 
+def test_another_kind_of_file(train_on: Train) -> None:
+    Path("t.txt").write_text("rows")
+    status, told = train_on("t.txt")
+    assert status == 2
+    assert "data.train: t.txt: not a data file that chatlora reads; the endings are .jsonl" in told
+
+
+def test_the_way_on_without_bad_rows_is_told_last_where_other_rows_are_good(train_on: Train) -> None:
+    way_on = "To train without such rows: --data.on_bad_row set_aside"
+    Path("t.jsonl").write_text(f"{GOOD}\n" + '{"messages": 5}\n' * 50 + '{"prompt": 1}\n' * 50)
+    status, told = train_on("t.jsonl")
+    assert status == 2
+    assert told.splitlines()[-1].startswith(way_on)
+    Path("t.jsonl").write_text('{"messages": 5}\n' * 2)  # nothing would be left
+    assert way_on not in train_on("t.jsonl")[1]
+
+
 def test_all_of_a_file_are_told_at_once_the_first_twenty_and_how_many(train_on: Train) -> None:
     lines = [
         line for broken in LINES + ROWS[:20] for line in broken.content.splitlines()[1:2] if 0 < len(line) < 10_000

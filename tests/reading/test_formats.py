@@ -18,6 +18,10 @@ WEATHER = {"name": "weather", "description": "today's", "parameters": {"type": "
 CALL = ToolCall("weather", {"city": "北京", "days": [1, 2.5, None]})
 
 
+MESSAGES = "system, user, assistant, tool"
+SHAREGPT = "system, human, gpt, function_call, observation"
+
+
 def problems_of(row: dict[str, Any], **settings: Any) -> tuple[str, ...]:
     with pytest.raises(DataError) as caught:
         parse_row(row, place="t.jsonl:17", **settings)
@@ -254,7 +258,7 @@ def test_all_mistakes_of_a_row_are_told_with_path_and_remedy() -> None:
     }
     found = problems_of(row)
     assert found[:7] == (
-        "t.jsonl:17: messages[0].role is 'asistant'; did you mean 'assistant'?",
+        f"t.jsonl:17: messages[0].role is 'asistant'; did you mean 'assistant'? the roles are {MESSAGES}",
         "t.jsonl:17: messages[1].content is missing or null; did you mean 'contnet'?; an empty text is written as \"\"",
         "t.jsonl:17: messages[2].content is the number 5, not text; put it in quotes if it is meant as text",
         "t.jsonl:17: messages[3] is the text 'hello', not a message with role and content",
@@ -264,16 +268,30 @@ def test_all_mistakes_of_a_row_are_told_with_path_and_remedy() -> None:
     )
     assert found[7].startswith("t.jsonl:17: messages[7].tool_calls[0].function.arguments should be JSON, and is not (")
     assert "messages[8].content[0].type is 'image_url'" in found[8]
-    assert found[9] == "t.jsonl:17: messages[9].role is missing; it is one of system, user, assistant, tool"
+    assert found[9] == f"t.jsonl:17: messages[9].role is missing; it is one of {MESSAGES}"
     assert len(found) == 10
 
 
 def test_paths_are_those_of_the_form_in_the_file() -> None:
     row = {"conversations": [{"from": "humann", "value": "x"}, {"from": "gpt", "value": 5}]}
     assert problems_of(row) == (
-        "t.jsonl:17: conversations[0].from is 'humann'; did you mean 'human'?",
+        f"t.jsonl:17: conversations[0].from is 'humann'; did you mean 'human'? the roles are {SHAREGPT}",
         "t.jsonl:17: conversations[1].value is the number 5, not text; put it in quotes if it is meant as text",
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"from": "bot", "value": ""}, f"from is 'bot'; did you mean 'gpt'? the roles are {SHAREGPT}"),
+        ({"from": "narrator", "value": ""}, f"from is 'narrator'; the roles are {SHAREGPT}"),
+        ({"value": ""}, f"from is missing; it is one of {SHAREGPT}"),
+        ({"role": "bot", "content": ""}, f"role is 'bot'; did you mean 'assistant'? the roles are {MESSAGES}"),
+        ({"role": "narrator", "content": ""}, f"role is 'narrator'; the roles are {MESSAGES}"),
+    ],
+)
+def test_an_unknown_role_is_told_with_the_roles_of_the_rows_own_form(row: dict[str, str], said: str) -> None:
+    assert problems_of({"conversations": [row]}) == (f"t.jsonl:17: conversations[0].{said}",)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def test_rows_of_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
         return Dataset.from_list(rows)
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr(sources, "why_unreachable", lambda: None)
     read_back = list(read_rows(Source(path="owner/name:main"), split="test"))
     assert read_back == [({"messages": [{"role": "user", "content": "q"}], "id": 1}, "owner/name:main[test]: row 1")]
     next(read_rows(Source(path="owner/name", split="train[:10]"), split="test"))

@@ -265,8 +265,8 @@ def test_without_a_template_the_error_names_the_setting():
     with pytest.raises(ModelError, match=r"model\.chat_template"):
         Renderer(tokenizer)
     assert Renderer(tokenizer, chat_template=CHATML).chat_template == CHATML
-    with pytest.raises(ModelError, match="does not compile"):
-        Renderer(tokenizer, chat_template="{% for %}")
+    with pytest.raises(ModelError, match=r"does not compile in line 2: .*set model\.chat_template"):
+        Renderer(tokenizer, chat_template="{# a comment #}\n{% for %}")
 
 
 def test_a_template_cannot_leave_its_sandbox():

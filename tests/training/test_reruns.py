@@ -53,12 +53,31 @@ def test_a_lost_adapter_is_exported_again(run: Run) -> None:
     assert read_status(folder)["state"] == "done"
 
 
+def test_a_finished_run_is_finished_by_its_adapter(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    free = ("--optim.schedule", "constant", "--optim.warmup_ratio", "0", "--data.validation", "0")
+    folder = run(*free, "--optim.max_steps", "1")
+    shutil.rmtree(folder / "checkpoints")
+    left = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    capsys.readouterr()
+    run(*free, "--optim.max_steps", "1")
+    assert "run is finished" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"lora\.rank is 2, but the run in run was begun with 4"):
+        run(*free, "--optim.max_steps", "1", "--lora.rank", "2")
+    with pytest.raises(ConfigError, match=r"without its checkpoints it cannot go on.* --run\.output_dir"):
+        run(*free, "--optim.max_steps", "2")
+    with pytest.raises(ConfigError, match="resume is never, but run holds a finished run"):
+        run(*free, "--optim.max_steps", "1", "--checkpoint.resume", "never")
+    assert {path: path.read_bytes() for path in left} == left
+    assert not (folder / "checkpoints").exists()
+
+
 def test_an_attempt_that_was_not_accepted_leaves_a_finished_run_done(run: Run) -> None:
     longer = ("--optim.schedule", "constant", "--optim.warmup_ratio", "0", "--data.validation", "0")
     folder = run(*longer, "--optim.max_steps", "1")
     done = read_status(folder)
+    Path("bad.jsonl").write_text("{}\n")
     with pytest.raises(DataError):
-        run(*longer, "--optim.max_steps", "2", "--evaluation.after_training", "true", "--data.test", "none.jsonl")
+        run(*longer, "--optim.max_steps", "2", "--evaluation.after_training", "true", "--data.test", "bad.jsonl")
     assert read_status(folder) == done
     run(*longer, "--optim.max_steps", "1")
     run(*longer, "--optim.max_steps", "2")
@@ -114,7 +133,7 @@ def test_a_run_is_known_from_another_folder(
 def test_test_rows_are_looked_at_before_training(run: Run) -> None:
     Path("bad.jsonl").write_text('{"messages": [{"role": "asistant", "content": "x"}]}\n')
     for name, sentence in {"none.jsonl": "no such file", "bad.jsonl": "did you mean 'assistant'"}.items():
-        with pytest.raises(DataError, match=sentence):
+        with pytest.raises((ConfigError, DataError), match=sentence):
             run(*SHORT, "--evaluation.after_training", "true", "--data.test", name)
     assert not Path("run/log.jsonl").exists()
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import train
 from chatlora.config_files import load_config
-from chatlora.errors import ConfigError, DataError, LaunchError, ModelError, NonFiniteError
+from chatlora.errors import ConfigError, LaunchError, ModelError, NonFiniteError
 from chatlora.run_directory import read_log, read_status
 from chatlora.training.schedule import Schedule
 from tests.tiny_models import tiny_llama
@@ -193,11 +193,11 @@ def test_a_non_finite_gradient_updates_nothing_and_names_the_rows(run: Run, monk
 @pytest.mark.parametrize(
     ("flags", "error", "sentence"),
     [
-        (["--data.train", "none.jsonl"], DataError, "none.jsonl"),
-        (["--model.name_or_path", "./no-such-folder"], ModelError, "does not exist"),
+        (["--data.train", "none.jsonl"], ConfigError, "data.train: none.jsonl: no such file"),
+        (["--model.name_or_path", "./no-such-folder"], ConfigError, "does not exist"),
         (["--lora.target_modules", "[q_porj]"], ModelError, "did you mean 'q_proj'?"),
         (["--data.train", "null"], ConfigError, "data.train"),
-        (["--model.chat_template", "none.jinja"], ModelError, "model.chat_template"),
+        (["--model.chat_template", "none.jinja"], ConfigError, "model.chat_template"),
     ],
 )
 def test_mistakes_are_told_with_their_remedy(run: Run, flags: list[str], error: type[Exception], sentence: str) -> None:
