@@ -59,7 +59,7 @@ def train(
 
         # Every rank runs the same number of micro-batches. Losses are sums, divided once by the targets of all ranks.
         loss = runtime.zero()
-        for index, micro_batch in enumerate(loader.fetch(batch.micro_batches)):
+        for index, micro_batch in enumerate(run.watch_step(loader.fetch(batch.micro_batches))):
             runtime.seed_draws(config.run.seed, step, index)
             with runtime.accumulating(model, last=index + 1 == batch.num_micro_batches):
                 micro_loss = model(**micro_batch) / batch.num_targets
@@ -91,7 +91,7 @@ def validate(done: int, runtime: Runtime, run: RunDirectory, model: nn.Module, l
         return False
     loss = runtime.zero()
     with runtime.evaluating(model):
-        for lot in loader.in_order():
+        for lot in run.watch_validation(loader.in_order()):
             for micro_batch in lot:
                 loss += model(**micro_batch)
             if any(runtime.all_reduce_sum(runtime.stop_requested())):

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from chatlora.chatglm3.naming import FUSED, MODULES
 from chatlora.chatglm3.shards import Shard, Stored, open_shard, write_safetensors
+from chatlora.disk import write_json
 from chatlora.errors import ModelError
-from chatlora.run_directory import write_json
 
 KEPT = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "task_type")
 MUST_BE_EMPTY = ("fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication")

@@ -18,14 +18,12 @@ from transformers import (
 from transformers.utils import logging
 
 from chatlora.config import ModelConfig
-from chatlora.embedded_model import embedded_model
+from chatlora.embedded_model import EMBEDDED, embedded_model
 from chatlora.errors import ModelError
 from chatlora.model.adapter_folder import names_from_checkpoint, why_not_fitting
 from chatlora.model.lora import without_false_alarms
 from chatlora.rendering.renderer import Renderer
 from chatlora.rendering.template import chat_template_of, resolve_template_kwargs
-
-EMBEDDED = "embedded:"
 
 
 def locate(name_or_path: str) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chatlora.config import Source
+from chatlora.disk import sha256_of
+from chatlora.embedded_model import EMBEDDED
 from chatlora.errors import DataError, did_you_mean
 from chatlora.reading.conversation import Conversation, Message
 from chatlora.reading.files import READERS, BadRow, Rows, without_nulls
@@ -20,7 +22,6 @@ from chatlora.reading.formats import parse_row
 if TYPE_CHECKING:
     from datasets import Dataset
 
-EMBEDDED = "embedded:"
 MOST_PROBLEMS = 10_000  # reading stops after so many mistakes
 ENDINGS = ", ".join(READERS)
 OTHER_ENDINGS = (".txt", ".gz", ".zst", ".xz", ".zip", ".tar", ".arrow", ".xlsx", ".yaml", ".yml", ".md", ".py")
@@ -89,8 +90,7 @@ def fingerprint(source: Source, *, split: str = "train") -> str:
         digest.update((source.split or split).encode())
         files = [(path, "") for path in _hub_files(_hub_dataset(source, split))]
     for path, _ in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(sha256_of(path)))
     return digest.hexdigest()
 
 

@@ -22,6 +22,7 @@ from datetime import date
 from time import perf_counter
 from typing import Any
 
+from chatlora.config import OverLength, Supervise
 from chatlora.errors import SetAside
 from chatlora.reading.conversation import Conversation
 from chatlora.rendering.control_text import ControlText
@@ -34,10 +35,8 @@ from chatlora.rendering.examples import (
     Draft,
     EvalExample,
     Example,
-    OverLength,
     Rendered,
     RenderedForEvaluation,
-    Supervise,
     refuse_hopeless,
     shortened,
     too_long,
