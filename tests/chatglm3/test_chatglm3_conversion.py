@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from chatlora.chatglm3.checkpoint import convert_checkpoint
 from chatlora.chatglm3.naming import fused_rows, known_tensors
-from chatlora.chatglm3.shards import sha256_of
+from chatlora.disk import sha256_of
 from chatlora.errors import ModelError
 from tests.chatglm3_checkpoints import TINY, write_checkpoint
 
