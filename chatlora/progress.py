@@ -15,7 +15,7 @@ from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_LOOKS = 0.2
-ROOM_FOR_BAR, WIDEST_BAR, GAP = " " * 10, 40, 2  # cells; where there is less room, there is no bar
+ROOM_FOR_BAR, WIDEST_BAR, GAP = " " * 8, 40, 2  # cells; where there is less room, there is no bar
 
 Item = TypeVar("Item")
 
@@ -102,8 +102,7 @@ class Progress:
         if self.live is not None:
             self.live.console.print(line, highlight=False, markup=False)
         else:
-            sys.stderr.write(line + "\n")  # at once: two threads' lines do not mix
-            sys.stderr.flush()
+            print_line(line)
 
     def close(self) -> None:
         if self.live is not None:
@@ -138,6 +137,12 @@ class Progress:
 
 def _width(cells: Sequence[str]) -> int:
     return sum(map(cell_len, cells)) + GAP * (len(cells) - 1)
+
+
+def print_line(line: str) -> None:
+    """A line on standard error: standard output belongs to what a command was asked for."""
+    sys.stderr.write(line + "\n")  # in one piece: the lines of two threads do not mix
+    sys.stderr.flush()
 
 
 def clock(seconds: float) -> str:

@@ -4,7 +4,6 @@ import json
 import math
 import mmap
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ from chatlora.config import Config
 from chatlora.config_files import config_text
 from chatlora.disk import sweep, sync, whole_lines, write_json, write_text
 from chatlora.errors import CheckpointError, Stopped, this_rank
-from chatlora.progress import Progress, clock
+from chatlora.progress import Progress, clock, print_line
 
 LOG, VALIDATION = LOGS = ("log.jsonl", "validation.jsonl")
 LONG_STEP = 10.0  # seconds after which a step tells its micro-batches
@@ -184,7 +183,7 @@ class RunDirectory:
         if self.progress is not None:
             self.progress.say(line)
         elif self.writes:
-            print(line, file=sys.stderr, flush=True)
+            print_line(line)
 
     @contextmanager
     def reporting(self) -> Iterator[None]:

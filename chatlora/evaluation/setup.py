@@ -1,6 +1,5 @@
 """What happens before the generation pass and after it: from a Request to the actors of `generate`, and to scores."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -35,7 +34,7 @@ from chatlora.evaluation.scoring import score_into, told_in
 from chatlora.evaluation.sharding import collect, mark_complete, open_parts, remove_parts, shard_batches
 from chatlora.model.adapter_folder import as_adapter_was_trained
 from chatlora.model.loading import find_adapter, load_adapter, load_base_model, load_tokenizer, renderer_for
-from chatlora.progress import Progress
+from chatlora.progress import Progress, print_line
 from chatlora.reading.scan import inputs_of, scan
 from chatlora.rendering.renderer import Renderer
 
@@ -93,7 +92,7 @@ class Actors:
 
 def set_up(request: Request, runtime: Runtime) -> Actors:
     """The rows rendered and proved, the model and its adapter loaded, the samples dealt in batches to the processes."""
-    say = _say if runtime.is_main else _say_nothing
+    say = print_line if runtime.is_main else _say_nothing
     adapter = None if request.adapter is None else find_adapter(request.adapter)
     if adapter is not None and not request.of_run:  # a run's config says it all
         model_settings = as_adapter_was_trained(request.config.model, adapter)
@@ -201,10 +200,6 @@ def does_not_fit(budget: Budget) -> str:
         f"a batch of up to {budget.rows} prompts and {budget.tokens:,} tokens does not fit; lower "
         f"--max_tokens_per_batch (now {budget.tokens}) or --max_new_tokens"
     )
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _say_nothing(line: str) -> None:
