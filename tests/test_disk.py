@@ -13,13 +13,15 @@ from safetensors.torch import save_file
 from torch import ones
 
 import evaluate
+import train
 from chatlora.chatglm3.checkpoint import convert_checkpoint
 from chatlora.disk import PARTIAL, sweep, whole_lines, write_json, write_text, written_beside
 from chatlora.embedded_model import SMOLLM2, embedded_model
+from chatlora.run_directory import read_status
 from tests.chatglm3_checkpoints import TINY, write_checkpoint
 from tests.syscalls import AVAILABLE, Call, trace
 
-UMASKS = (0o022, 0o027, 0o002)
+UMASKS = (0o022, 0o027)
 
 
 @pytest.fixture(params=UMASKS, ids=oct)
@@ -146,3 +148,22 @@ def test_all_of_it_is_on_the_disk_before_it_appears(
     assert len(found) == (5 if broken else 0), found
     found = out_of_order(trace(lambda: write_text(file, "done"), tmp_path), file, [""])
     assert len(found) == (2 if broken else 0), found
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="system calls are watched on Linux, x86-64 and arm64")
+def test_the_adapters_are_on_the_disk_before_the_run_is_done(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHATLORA_CACHE", str(world / "cache"))
+    run = tmp_path / "run"
+    argv = [str(world / "my.yaml"), "--run.output_dir", str(run), "--optim.max_steps", "1"]
+    calls = trace(lambda: train.main(argv), tmp_path)
+    assert read_status(run)["state"] == "done"
+    status = f"{run}/.status.json."
+    done = max(at for at, call in enumerate(calls) if call.name.startswith("rename") and call.path.startswith(status))
+    synced = [call.path for call in calls[:done] if call.name == "fsync"]
+    for name in ("adapter", "adapter-best"):
+        files = [path.name for path in (run / name).iterdir()]
+        assert "adapter_model.safetensors" in files
+        unsynced = [file for file in files if not any(f"/.{name}." in path and path.endswith(file) for path in synced)]
+        assert unsynced == []
