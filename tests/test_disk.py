@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,7 +15,6 @@ import evaluate
 import train
 from chatlora.chatglm3.checkpoint import convert_checkpoint
 from chatlora.disk import PARTIAL, sweep, whole_lines, write_json, write_text, written_beside
-from chatlora.embedded_model import SMOLLM2, embedded_model
 from chatlora.run_directory import read_status
 from tests.chatglm3_checkpoints import TINY, write_checkpoint
 from tests.syscalls import AVAILABLE, Call, trace
@@ -66,18 +64,6 @@ def test_a_converted_model_follows_the_umask(tmp_path: Path, umask: int) -> None
     convert_checkpoint(tmp_path / "old", tmp_path / "new", lambda line: None)
     assert (tmp_path / "new" / "model-00001-of-00002.safetensors").is_file()
     assert unlike_umask(tmp_path / "new", umask) == []
-
-
-def test_the_embedded_model_follows_the_umask(
-    smollm2: Path, tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if umask != UMASKS[0]:
-        pytest.skip("converting takes seconds")
-    monkeypatch.setenv("CHATLORA_CACHE", str(tmp_path))
-    folder = embedded_model(SMOLLM2.name)
-    assert {path.name for path in folder.iterdir()} == {path.name for path in smollm2.iterdir()}
-    assert unlike_umask(folder, umask) == []
-    shutil.rmtree(tmp_path)
 
 
 def test_what_was_there_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:

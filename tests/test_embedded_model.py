@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import stat
 import subprocess
 import sys
 import zipfile
@@ -195,6 +196,13 @@ def two_answers(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture(scope="session")
 def made(two_answers: list[tuple[str, str]]) -> Path:
     return Path(two_answers[0][0])
+
+
+def test_its_files_are_as_readable_as_the_umask_says(made: Path) -> None:
+    os.umask(umask := os.umask(0))
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in made.iterdir()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+    assert "model.safetensors" in modes
 
 
 def test_of_two_processes_that_ask_at_once_one_makes_it(two_answers: list[tuple[str, str]]) -> None:
