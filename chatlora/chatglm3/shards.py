@@ -5,7 +5,6 @@ a conversion that only renames and splits rows copies them in pieces. A `.bin` f
 `weights_only=True`, which runs no code, and mapped where its format allows.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -183,7 +182,7 @@ def refuse_types(path: Path, types: Mapping[str, str]) -> None:
 def write_safetensors(
     path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], data: Iterable[bytes | memoryview]
 ) -> int:
-    """Write name -> (type, shape) and the bytes of all of them in that order; synced. Returns the file's size."""
+    """Write name -> (type, shape) and the bytes of all of them in that order. Returns the file's size."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, (dtype, shape) in tensors.items():
@@ -196,8 +195,6 @@ def write_safetensors(
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for piece in data:
             file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
         size = file.tell()
     assert size == 8 + len(encoded) + position, "as many bytes as the header says"
     return size
@@ -210,8 +207,3 @@ def known_sha256(path: Path) -> str | None:
     note = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
     lines = note.read_text(encoding="utf-8").split() if note.is_file() else []
     return lines[1] if len(lines) > 1 and _SHA256.fullmatch(lines[1]) else None
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

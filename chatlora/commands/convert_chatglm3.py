@@ -1,9 +1,10 @@
 """`chatlora convert-chatglm3 SRC DST`: an original ChatGLM3 checkpoint or adapter -> native GLM, no remote code."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from chatlora.progress import print_line
 
 
 def run(argv: Sequence[str]) -> None:
@@ -22,12 +23,8 @@ def run(argv: Sequence[str]) -> None:
     if given.adapter:
         from chatlora.chatglm3.adapter import convert_adapter
 
-        convert_adapter(given.source, given.target, given.base, _say)
+        convert_adapter(given.source, given.target, given.base, print_line)
     else:
         from chatlora.chatglm3.checkpoint import convert_checkpoint
 
-        convert_checkpoint(given.source, given.target, _say)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+        convert_checkpoint(given.source, given.target, print_line)

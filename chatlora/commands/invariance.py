@@ -28,6 +28,7 @@ def run(argv: Sequence[str]) -> None:
         loaded = load_config(argv, default="demo")
 
         from chatlora.distributed.runtime import start
+        from chatlora.progress import print_line
         from chatlora.training.invariance import certify, with_exact_draws
 
         config = with_exact_draws(loaded.config)
@@ -35,7 +36,7 @@ def run(argv: Sequence[str]) -> None:
 
         def say(line: str) -> None:
             if runtime.is_main:
-                print(line, file=sys.stderr, flush=True)
+                print_line(line)
 
         certificate = certify(config, runtime, say)
         if runtime.is_main:

@@ -6,7 +6,7 @@ ranks. Which examples form a step does not depend on the number of processes.
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -137,13 +137,22 @@ def _even_bins(longest_first: Indices, lengths: np.ndarray, budget: int, num_pro
 
 
 def _greedy(longest_first: Indices, lengths: np.ndarray, num_bins: int) -> list[Indices]:
-    loads = [(0, index) for index in range(num_bins)]
     members: list[list[int]] = [[] for _ in range(num_bins)]
-    for example in longest_first.tolist():
-        load, index = loads[0]
-        members[index].append(example)
-        heapq.heapreplace(loads, (load + int(lengths[example]), index))
+    takers = least_loaded(lengths[longest_first].tolist(), num_bins)
+    for example, taker in zip(longest_first.tolist(), takers, strict=True):
+        members[taker].append(example)
     return [np.array(sorted(each), dtype=np.int64) for each in members]
+
+
+def least_loaded(costs: Iterable[int], num_takers: int) -> list[int]:
+    """Who takes each: whoever has the least so far, the first of equals."""
+    loads = [(0, taker) for taker in range(num_takers)]
+    takers = []
+    for cost in costs:
+        load, taker = loads[0]
+        takers.append(taker)
+        heapq.heapreplace(loads, (load + cost, taker))
+    return takers
 
 
 def _rectangles(longest_first: Indices, lengths: np.ndarray, budget: int, num_processes: int) -> list[Indices]:

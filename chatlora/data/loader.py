@@ -9,6 +9,7 @@ import torch
 from chatlora.data.batches import GlobalBatches, Indices, in_order
 from chatlora.data.collate import pack, pad_right
 from chatlora.data.dataset import ExampleSet
+from chatlora.rendering.examples import Example
 
 MicroBatch = Mapping[str, Any]
 
@@ -40,22 +41,36 @@ class Loader:
             self.padded,
         )
 
-    def fetch(self, micro_batches: Sequence[Sequence[Indices]]) -> Iterator[MicroBatch]:
+    def fetch(self, micro_batches: Sequence[Sequence[Indices]]) -> "MicroBatches":
         """This process's micro-batches of [rank][micro-batch]."""
-        for indices in micro_batches[self.rank]:
-            yield self._collated(self.examples.fetch(indices))
+        return MicroBatches(self, micro_batches[self.rank])
 
-    def in_order(self) -> Iterator[Iterator[MicroBatch]]:
+    def in_order(self) -> "list[MicroBatches]":
         """All examples once, a lot at a time, as validation takes them: equally many lots on every process."""
-        for lot in in_order(self.examples.lengths, self.token_budget, self.num_processes, self.padded):
-            yield self.fetch(lot)
+        lots = in_order(self.examples.lengths, self.token_budget, self.num_processes, self.padded)
+        return [self.fetch(lot) for lot in lots]
 
     def filler(self) -> MicroBatch:
         """A micro-batch without a target."""
-        return self._collated([])
+        return self.collated([])
 
-    def _collated(self, examples: Sequence[Any]) -> MicroBatch:
+    def collated(self, examples: Sequence[Example]) -> MicroBatch:
         return to_device((pad_right if self.padded else pack)(examples), self.device)
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """Micro-batches of one process, each made when its turn comes."""
+
+    loader: Loader
+    indices: Sequence[Indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for indices in self.indices:
+            yield self.loader.collated(self.loader.examples.fetch(indices))
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:

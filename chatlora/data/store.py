@@ -1,10 +1,9 @@
 """Examples on disk: one Arrow file, memory-mapped, in a folder that is built once and checked whenever it is opened.
 
-A folder's name says what it was made from, so it never goes stale. It is written beside, then renamed; a lock lets
-one process of a machine build while the others wait, and a folder that is broken is built again.
+A folder's name says what it was made from, so it never goes stale. A lock lets one process of a machine build while
+the others wait, and a folder that is broken is built again.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ import pyarrow.compute as pc
 from filelock import FileLock
 
 from chatlora.cache import written_cache
+from chatlora.disk import sha256_of, sweep, written_beside
 from chatlora.rendering.examples import IGNORE_INDEX, Example
 
 ROWS_PER_BATCH = 256  # examples in one record batch: what a lookup divides by
@@ -102,13 +102,12 @@ def built_once(folder: Path, build: Callable[[Path], dict[str, Any]]) -> Example
         store = _opened(folder)  # another process may have built it while this one waited
         if store is not None:
             return store
-        partial = folder.with_name(f"{folder.name}.partial")
-        for stale in (partial, folder):
-            shutil.rmtree(stale, ignore_errors=True)
-        partial.mkdir()
-        record = {**build(partial), "sha256": _sha256(partial / EXAMPLES)}
-        (partial / RECORD).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
-        partial.rename(folder)
+        sweep(folder.parent, folder.name)
+        shutil.rmtree(folder, ignore_errors=True)  # a broken one
+        with written_beside(folder) as partial:
+            partial.mkdir()
+            record = {**build(partial), "sha256": sha256_of(partial / EXAMPLES)}
+            (partial / RECORD).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
         store = _opened(folder)
         assert store is not None, f"{folder} is broken although it was just written"
         return store
@@ -153,13 +152,8 @@ def _opened(folder: Path) -> ExampleStore | None:
     """The store, if it is there and every byte of it is as it was written."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if record["sha256"] != _sha256(folder / EXAMPLES):
+        if record["sha256"] != sha256_of(folder / EXAMPLES):
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return ExampleStore(folder, record)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

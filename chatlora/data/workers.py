@@ -11,9 +11,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context, parent_process
 
+from chatlora.config import OverLength, Supervise
 from chatlora.errors import DataError, SetAside
 from chatlora.reading.conversation import Conversation
-from chatlora.rendering.examples import NothingFits, OverLength, Rendered, Supervise
+from chatlora.rendering.examples import NothingFits, Rendered
 from chatlora.rendering.renderer import Renderer
 
 ROWS_PER_WORKER = 10_000  # with fewer, starting a worker (it imports and compiles for seconds) does not pay

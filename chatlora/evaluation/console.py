@@ -1,60 +1,20 @@
-"""What a person sees of an evaluation: how far it is, the scores side by side, a few samples."""
+"""What a person sees of an evaluation: the scores side by side, a few samples."""
 
-import sys
-import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.containers import Lines
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from chatlora.evaluation.metrics import Scores
 from chatlora.evaluation.predictions import Prediction
-from chatlora.progress import clock
 
-SECONDS_BETWEEN_LINES = 10.0
 SAMPLES_SHOWN = 4
-LONGEST_TEXT = 400  # characters of one cell
-
-
-class GenerationProgress:
-    """A bar in a terminal, a line now and then in a log file. Time left goes by tokens, not by samples."""
-
-    def __init__(self, title: str, num_samples: int, total_cost: int) -> None:
-        self.num_samples = num_samples
-        self.total_cost = total_cost
-        self.samples = self.cost = self.tokens = 0
-        self.began = self.last_line = time.monotonic()
-        self.title = title
-        console = Console(stderr=True)
-        self.bar = Progress(
-            TextColumn(title),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.bar.add_task("", total=num_samples)
-        self.bar.start()
-
-    def advance(self, samples: int, cost: int, tokens: int) -> None:
-        """cost: of these samples, in the unit of `total_cost`; tokens: generated for them."""
-        self.samples += samples
-        self.cost += cost
-        self.tokens += tokens
-        spent = time.monotonic() - self.began
-        left = spent * (self.total_cost - self.cost) / self.cost
-        numbers = f"{self.tokens / max(spent, 1e-9):,.0f} tokens/s  {clock(left)} left"
-        self.bar.update(self.task, completed=self.samples, description=numbers)
-        is_due = time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES or self.samples == self.num_samples
-        if self.bar.disable and is_due:
-            self.last_line = time.monotonic()
-            print(f"{self.title} {self.samples}/{self.num_samples}  {numbers}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        self.bar.stop()
+MOST_LINES = 6  # of one cell
+LONGEST_TEXT = 2_000  # characters of one cell that are looked at
 
 
 def show_scores(console: Console, scores: Mapping[str, Scores]) -> None:
@@ -86,19 +46,39 @@ def show_samples(console: Console, predictions: Mapping[str, Sequence[Prediction
         table.add_column(overflow="fold")
         references = [sample.reference] if isinstance(sample.reference, str) else sample.reference
         others = f" (and {len(references) - 1} more)" if len(references) > 1 else ""
-        rows = {"prompt": _end(sample.prompt), "reference": references[0] + others}
+        rows = {"prompt": sample.prompt, "reference": references[0] + others}
         rows |= {name: predictions[name][index].prediction for name in names}
         for label, text in rows.items():
             if text is not None:
-                table.add_row(_plain(label), _plain(text))
+                table.add_row(_printable(label), Excerpt(text, from_end=label == "prompt"))
         console.print(table)
 
 
-def _end(prompt: str | None) -> str | None:
-    return prompt if prompt is None or len(prompt) <= LONGEST_TEXT else "..." + prompt[-LONGEST_TEXT:]
+@dataclass(frozen=True, slots=True)
+class Excerpt:
+    """A cell of at most `MOST_LINES` lines, however wide the column comes out: the beginning of a text, or its end."""
+
+    text: str
+    from_end: bool = False
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = self._shown().wrap(console, options.max_width, overflow="fold")
+        if len(lines) > MOST_LINES:
+            kept = lines[1 - MOST_LINES :] if self.from_end else lines[: MOST_LINES - 1]
+            lines = Lines([Text("..."), *kept] if self.from_end else [*kept, Text("...")])
+        yield lines
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement.get(console, options, self._shown())
+
+    def _shown(self) -> Text:
+        text = self.text.strip()
+        cut = text[-LONGEST_TEXT:] if self.from_end else text[:LONGEST_TEXT]
+        if len(cut) < len(text):
+            cut = "..." + cut if self.from_end else cut + "..."
+        return _printable(cut) if text else Text("(empty)", style="dim")
 
 
-def _plain(text: str) -> Text:
+def _printable(text: str) -> Text:
     # A Text, since rich would read [bold] in a model's answer as markup; and no terminal can show a lone surrogate.
-    shown = text if len(text) <= LONGEST_TEXT + 3 else text[:LONGEST_TEXT] + "..."
-    return Text(shown.encode("utf-8", "replace").decode("utf-8"))
+    return Text(text.encode("utf-8", "replace").decode("utf-8"))

@@ -1,6 +1,5 @@
 """Scores that an earlier evaluation of the same adapter on the same rows has left, so that none is made twice."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from chatlora.disk import sha256_of
 from chatlora.evaluation.command_line import Request
 from chatlora.evaluation.console import show_scores
 from chatlora.evaluation.metrics import Scores
@@ -19,7 +19,7 @@ def inputs_of_request(request: Request) -> dict[str, Any]:
     """All that scores of a run depend on, files by the sha256 of what stands in them. For scores.json."""
     data, evaluation = request.config.data, request.config.evaluation
     return {
-        "adapter_sha256": None if request.adapter is None else _sha256(request.adapter / "adapter_model.safetensors"),
+        "adapter_sha256": None if request.adapter is None else sha256_of(request.adapter / "adapter_model.safetensors"),
         "data_sha256": [each.sha256 for each in inputs_of(request.sources, "test")],
         "max_new_tokens": evaluation.max_new_tokens,
         "max_prompt_length": evaluation.max_prompt_length or data.max_length,
@@ -54,8 +54,3 @@ def _scores_in(folder: Path, wanted: Mapping[str, Any]) -> Scores | None:
         return Scores(values, signatures, per_sample=[{}] * told["samples"])
     except (OSError, ValueError, KeyError, TypeError):  # not there, broken, or of an older version
         return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

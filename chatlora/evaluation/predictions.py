@@ -2,13 +2,14 @@
 
 import difflib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from chatlora.disk import whole_lines, written_beside
 from chatlora.errors import PredictionsError
+from chatlora.reading.files import BadRow, read_jsonl
 
 FIELDS = ("id", "turn", "prompt", "prediction", "prediction_raw", "reference", "stop_reason", "scores")
 REQUIRED = ("prediction", "reference")
@@ -55,60 +56,35 @@ def append_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:
-    """Replace `path` by these predictions: beside it first, then renamed, so that a reader never sees half a file."""
-    beside = path.with_name(path.name + ".part")
-    with beside.open("w", encoding="utf-8", newline="") as stream:
-        stream.writelines(prediction.as_line() for prediction in predictions)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(path)
+    """Replace `path` by these predictions."""
+    with written_beside(path) as beside:
+        append_predictions(beside, predictions)
 
 
 def read_written_so_far(path: Path) -> list[Prediction]:
     """The predictions of a file that a process of ours was appending to; a half-written last line is left out."""
-    whole, _, _ = path.read_bytes().rpartition(b"\n")
-    return [_as_prediction(json.loads(line), place=str(path)) for line in whole.split(b"\n") if line]
+    return [_as_prediction(line, place=str(path)) for line in whole_lines(path)]
 
 
 def read_predictions(path: Path) -> list[Prediction]:
     """Predictions made anywhere. Raises PredictionsError with `file:line`, reason and remedy of every bad line."""
+    predictions: list[Prediction] = []
+    problems: list[str] = []
     try:
-        raw_lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        for row, place in read_jsonl(path, str(path)):
+            found = [f"{place}: {row.problem}."] if isinstance(row, BadRow) else _problems(row, place)
+            problems += found
+            if not isinstance(row, BadRow) and not found:
+                predictions.append(_as_prediction(row, place))
     except OSError as error:
         raise PredictionsError(
             f"{path}: cannot be read ({error.strerror}); give the path of a JSON-lines file."
         ) from None
-    predictions: list[Prediction] = []
-    problems: list[str] = []
-    for number, raw_line in enumerate(raw_lines, start=1):
-        if not raw_line.strip():
-            continue
-        place = f"{path}:{number}"
-        row, found = _parse(raw_line, place)
-        problems += found
-        if row is not None and not found:
-            predictions.append(_as_prediction(row, place))
     if not predictions and not problems:
         problems.append(f"{path}: holds no predictions; write one JSON object with {_wanted()} on each line.")
     if problems:
         raise PredictionsError(*problems)
     return predictions
-
-
-def _parse(raw_line: bytes, place: str) -> tuple[Mapping[str, Any] | None, list[str]]:
-    try:
-        row = json.loads(raw_line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return None, [f"{place}: byte {error.start + 1} is not UTF-8; save the file as UTF-8."]
-    except json.JSONDecodeError as error:
-        cut = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
-        remedy = "the line looks cut off: write it again or remove it" if cut else "write one JSON object on each line"
-        return None, [f"{place}: not valid JSON at column {error.colno} ({error.msg}); {remedy}."]
-    except RecursionError:
-        return None, [f"{place}: nested too deeply; write one flat JSON object with {_wanted()}."]
-    if not isinstance(row, dict):
-        return None, [f"{place}: holds {_named(row)}, not an object; write one JSON object with {_wanted()}."]
-    return row, _problems(row, place)
 
 
 def _problems(row: Mapping[str, Any], place: str) -> list[str]:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from chatlora.config import Style
+from chatlora.disk import write_json
 from chatlora.errors import ChatLoraError, Stopped
 from chatlora.evaluation.metrics import Scores, score
 from chatlora.evaluation.predictions import Prediction, write_predictions
-from chatlora.run_directory import write_json
 
 
 def score_into(

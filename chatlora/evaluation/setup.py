@@ -1,13 +1,11 @@
 """What happens before the generation pass and after it: from a Request to the actors of `generate`, and to scores."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -15,11 +13,11 @@ from chatlora.cache import cache_root
 from chatlora.data.evaluation_set import EvalSample, prepare_evaluation_data
 from chatlora.data.ledger import summary_lines
 from chatlora.distributed import memory
+from chatlora.distributed.memory import out_of_memory_told
 from chatlora.distributed.runtime import Runtime
 from chatlora.distributed.zero3 import layer_by_layer, refuse_stacked_experts
-from chatlora.errors import OutOfMemoryError
 from chatlora.evaluation.command_line import BASE, Request
-from chatlora.evaluation.console import GenerationProgress, show_samples, show_scores
+from chatlora.evaluation.console import show_samples, show_scores
 from chatlora.evaluation.earlier import inputs_of_request
 from chatlora.evaluation.generation import (
     Budget,
@@ -38,6 +36,7 @@ from chatlora.evaluation.sharding import collect, mark_complete, open_parts, rem
 from chatlora.model.adapter_folder import as_adapter_was_trained
 from chatlora.model.folder import find_adapter
 from chatlora.model.loading import load_adapter, load_base_model, load_tokenizer, renderer_for
+from chatlora.progress import Progress, print_line
 from chatlora.reading.scan import inputs_of, scan
 from chatlora.rendering.renderer import Renderer
 
@@ -68,7 +67,7 @@ class Actors:
         with ExitStack() as within:
             within.enter_context(layer_by_layer(self.model))
             within.enter_context(only_these_settings(self.model))
-            within.enter_context(out_of_memory_told(self.budget))
+            within.enter_context(out_of_memory_told(does_not_fit(self.budget)))
             if name == BASE:
                 within.enter_context(self.model.disable_adapter())
             progress = within.enter_context(self._progress(name))
@@ -83,17 +82,19 @@ class Actors:
         if not self.runtime.is_main or not whole:
             yield lambda samples, num_tokens: None
             return
-        title = f"generating, {name}"
-        bar = GenerationProgress(title, sum(len(batch) for batch in self.share), whole)
+        count = sum(len(batch) for batch in self.share)
+        progress = Progress(f"generating, {name}", count, unit="tokens", work=whole)
         try:
-            yield lambda samples, num_tokens: bar.advance(len(samples), cost(samples, longest), num_tokens)
+            yield lambda samples, num_tokens: progress.advance(
+                len(samples), amount=num_tokens, work=cost(samples, longest)
+            )
         finally:
-            bar.close()
+            progress.close()
 
 
 def set_up(request: Request, runtime: Runtime) -> Actors:
     """The rows rendered and proved, the model and its adapter loaded, the samples dealt in batches to the processes."""
-    say = _say if runtime.is_main else _say_nothing
+    say = print_line if runtime.is_main else _say_nothing
     adapter = None if request.adapter is None else find_adapter(request.adapter)
     if adapter is not None and not request.of_run:  # a run's config says it all
         model_settings = as_adapter_was_trained(request.config.model, adapter)
@@ -196,21 +197,12 @@ def score_and_show(actors: Actors, request: Request) -> None:
         console.print(f"{name}: written to {folder}", highlight=False, markup=False)
 
 
-@contextmanager
-def out_of_memory_told(budget: Budget) -> Iterator[None]:
-    """Out of memory becomes a sentence that names the setting to lower and its value."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemoryError(
-            f"a batch of up to {budget.rows} prompts and {budget.tokens:,} tokens does not fit; lower "
-            f"--max_tokens_per_batch (now {budget.tokens}) or --max_new_tokens",
-            " ".join(str(error).split())[:300],
-        ) from error
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def does_not_fit(budget: Budget) -> str:
+    """What to do where memory runs out while it generates."""
+    return (
+        f"a batch of up to {budget.rows} prompts and {budget.tokens:,} tokens does not fit; lower "
+        f"--max_tokens_per_batch (now {budget.tokens}) or --max_new_tokens"
+    )
 
 
 def _say_nothing(line: str) -> None:

@@ -1,8 +1,8 @@
 """Several processes, one evaluation: who generates what, and how the parts come together. No torch.
 
 Each process appends to a file of its own, so none waits for another while it generates, however long that takes.
-Process 0 writes predictions.jsonl itself; process r writes predictions-rank<r>.jsonl.part and takes the `.part` off
-when its share is done; then process 0 merges them. One process alone is the same without others.
+Process 0 writes predictions.jsonl itself; process r writes predictions-rank<r>.jsonl.partial and takes the ending
+off when its share is done; then process 0 merges them. One process alone is the same without others.
 """
 
 import time
@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from chatlora.data.batches import least_loaded
+from chatlora.disk import PARTIAL
 from chatlora.errors import LaunchError, PredictionsError
 from chatlora.evaluation.predictions import Prediction, read_written_so_far
 
@@ -19,14 +21,8 @@ SECONDS_BETWEEN_LOOKS = 0.2
 
 def shard_batches(batches: Sequence[Batch], cost: Callable[[Batch], int], rank: int, num_processes: int) -> list[Batch]:
     """The batches of one process: each goes to the process with the least to do so far, alike on every process."""
-    loads = [0] * num_processes
-    mine = []
-    for batch in batches:
-        taker = loads.index(min(loads))
-        loads[taker] += cost(batch)
-        if taker == rank:
-            mine.append(batch)
-    return mine
+    takers = least_loaded(map(cost, batches), num_processes)
+    return [batch for batch, taker in zip(batches, takers, strict=True) if taker == rank]
 
 
 def open_parts(
@@ -56,7 +52,7 @@ def open_parts(
 
 def mark_complete(part: Path) -> None:
     """Say that this process has generated its whole share."""
-    if part.suffix == ".part":
+    if part.suffix == PARTIAL:
         part.rename(part.with_suffix(""))
 
 
@@ -75,7 +71,7 @@ def remove_parts(folder: Path) -> None:
 
 
 def _part(folder: Path, rank: int) -> Path:
-    return folder / ("predictions.jsonl" if rank == 0 else f"predictions-rank{rank}.jsonl.part")
+    return folder / ("predictions.jsonl" if rank == 0 else f"predictions-rank{rank}.jsonl{PARTIAL}")
 
 
 def merge(parts: Sequence[Path], wanted: Sequence[tuple[str | int, int]]) -> list[Prediction]:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from chatlora.config import ModelConfig
-from chatlora.embedded_model import PREFIX, embedded_model, source_of
+from chatlora.embedded_model import EMBEDDED, embedded_model, source_of
 from chatlora.errors import ModelError, similar_beside
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -15,7 +15,7 @@ PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 def locate(name_or_path: str) -> str:
     """What transformers is asked for: a local folder, or a name on the hub."""
-    if name_or_path.startswith(PREFIX):
+    if name_or_path.startswith(EMBEDDED):
         return str(embedded_model(name_or_path))
     return name_or_path
 
@@ -23,7 +23,7 @@ def locate(name_or_path: str) -> str:
 def refuse_no_model(model: ModelConfig) -> None:
     """Raise ModelError where `model.name_or_path` is no model, or an adapter's folder or a run directory instead."""
     name = model.name_or_path
-    if name.startswith(PREFIX):
+    if name.startswith(EMBEDDED):
         source_of(name)
         return
     folder = Path(name)

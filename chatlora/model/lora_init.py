@@ -1,7 +1,5 @@
 """`lora.init_from`: an adapter to go on from, as the first weights of a new one of the same shape."""
 
-import hashlib
-
 from peft import LoraConfig as PeftLoraConfig
 from peft import (
     PeftConfig,
@@ -12,6 +10,7 @@ from peft import (
 )
 
 from chatlora.config import LoraConfig
+from chatlora.disk import sha256_of
 from chatlora.errors import ModelError
 from chatlora.model.adapter_folder import WEIGHTS, names_from_checkpoint
 from chatlora.model.folder import find_adapter
@@ -39,8 +38,7 @@ def init_fingerprint(lora: LoraConfig) -> str | None:
     """sha256:... of the weights under `lora.init_from`; None where no adapter is named."""
     if lora.init_from is None:
         return None
-    with (find_adapter(lora.init_from) / WEIGHTS).open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return f"sha256:{sha256_of(find_adapter(lora.init_from) / WEIGHTS)}"
 
 
 def _other_settings(model: PeftModel, there: PeftConfig) -> list[str]:

@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from chatlora.cache import written_cache
 from chatlora.config import OnBadRow, Source
+from chatlora.disk import sha256_of, write_json
 from chatlora.errors import DataError
 from chatlora.progress import track
 from chatlora.reading.conversation import Conversation
@@ -67,9 +68,7 @@ def scan(inputs: Sequence[Input], cache_folder: Path, on_bad_row: OnBadRow = "er
         found = _recalled(path)  # another process may have looked while this one waited
         if found is None:
             found = _look(inputs, on_bad_row)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(asdict(found)), encoding="utf-8")
-            partial.replace(path)
+            write_json(path, asdict(found))
     return found
 
 
@@ -110,5 +109,5 @@ def code_digest() -> str:
     """sha256 of the code that makes examples and the versions it stands on: what other code made is not its own."""
     package = Path(__file__).parents[1]
     modules = sorted(module for folder in MAKERS for module in (package / folder).glob("*.py"))
-    own = [[module.name, hashlib.sha256(module.read_bytes()).hexdigest()] for module in modules]
+    own = [[module.name, sha256_of(module)] for module in modules]
     return digest([own, [[name, version(name)] for name in ("transformers", "tokenizers", "jinja2")]])

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chatlora.config import Source
+from chatlora.disk import sha256_of
+from chatlora.embedded_model import EMBEDDED
 from chatlora.errors import DataError, did_you_mean, similar_beside
 from chatlora.hub import why_unreachable
 from chatlora.reading.conversation import Conversation, Message
@@ -21,7 +23,6 @@ from chatlora.reading.formats import parse_row
 if TYPE_CHECKING:
     from datasets import Dataset
 
-EMBEDDED = "embedded:"
 LEAVE_OUT = "To train without such rows: --data.on_bad_row set_aside, which names each of them in the ledger."
 MOST_PROBLEMS = 10_000  # reading stops after so many mistakes
 ENDINGS = ", ".join(READERS)
@@ -94,8 +95,7 @@ def fingerprint(source: Source, *, split: str = "train") -> str:
         digest.update((source.split or split).encode())
         files = [(path, "") for path in _hub_files(_hub_dataset(source, split))]
     for path, _ in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(sha256_of(path)))
     return digest.hexdigest()
 
 

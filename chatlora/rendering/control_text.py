@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,8 +183,8 @@ class _Words:
             frozenset(word[-size:] for word in some for size in range(1, len(word))) for some in self._two_kinds()
         )
         self.longest = max(self.lengths, default=0)
-        self.opens = _any_of({word[0] for word in words})
-        self.closes = _any_of({word[-1] for word in words})
+        self.opens = any_of({word[0] for word in words})
+        self.closes = any_of({word[-1] for word in words})
 
     def first(self, text: str) -> int | None:
         for opening in self.opens.finditer(text):
@@ -252,8 +252,9 @@ def _is_word(character: str) -> bool:
     return character.isalpha() or character.isdecimal() or character == "_"
 
 
-def _any_of(characters: set[str]) -> re.Pattern[str]:
-    return re.compile("[" + "".join(map(re.escape, sorted(characters))) + "]" if characters else "(?!)")
+def any_of(words: Iterable[str]) -> re.Pattern[str]:
+    """Matches the longest of the words; of none, nothing."""
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
 
 
 def _masked(character: str) -> str:

@@ -2,16 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from chatlora.config import OverLength
 from chatlora.errors import DataError, SetAside
 from chatlora.reading.conversation import Conversation
 from chatlora.rendering.limits import characters_in
 from chatlora.rendering.turns import Turn
 
 IGNORE_INDEX = -100
-OverLength = Literal["fit", "cut", "drop", "error"]
-Supervise = Literal["all", "last"]
 
 TOO_LONG = "longer than max_length"
 NO_REPLY_FITS = "longer than max_length: no reply fits"

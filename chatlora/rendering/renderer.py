@@ -22,6 +22,7 @@ from datetime import date
 from time import perf_counter
 from typing import Any
 
+from chatlora.config import OverLength, Supervise
 from chatlora.errors import SetAside
 from chatlora.reading.conversation import Conversation
 from chatlora.rendering.control_text import ControlText
@@ -32,10 +33,8 @@ from chatlora.rendering.examples import (
     Draft,
     EvalExample,
     Example,
-    OverLength,
     Rendered,
     RenderedForEvaluation,
-    Supervise,
     fitted,
     refuse_hopeless,
     too_long,

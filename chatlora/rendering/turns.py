@@ -13,6 +13,7 @@ from typing import Any
 
 from chatlora.errors import SetAside
 from chatlora.reading.conversation import Conversation
+from chatlora.rendering.control_text import any_of
 from chatlora.rendering.message_parts import DROPS, SENTINEL, Sentinels, check_prompt, end_of_parts, reply_parts
 from chatlora.rendering.template import ChatTemplate
 
@@ -46,8 +47,8 @@ class StopTokens:
         shown = _Probe(template, spellings, {spellings[id] for id in given if id in spellings}).stops()
         numbers = {spelling: id for id, spelling in spellings.items()}
         self.ids = tuple(dict.fromkeys([*given, *(numbers[spelling] for spelling in shown)]))
-        self._any = _any_of([spellings[id] for id in self.ids if id in spellings])
-        self._control = _any_of(list(spellings.values()))
+        self._any = any_of([spellings[id] for id in self.ids if id in spellings])
+        self._control = any_of(spellings.values())
 
     def end_after(self, text: str, start: int) -> int | None:
         """Where the first stop token at or after `start` ends."""
@@ -194,8 +195,8 @@ class _Probe:
     def __init__(self, template: ChatTemplate, spellings: dict[int, str], known: set[str]) -> None:
         self.template = template
         self.known = known
-        self.run = re.compile("(?:" + _any_of(list(spellings.values())).pattern + ")+")
-        self.word = _any_of(list(spellings.values()))
+        self.run = re.compile("(?:" + any_of(spellings.values()).pattern + ")+")
+        self.word = any_of(spellings.values())
 
     def stops(self) -> list[str]:
         question = {"role": "user", "content": "Hello"}
@@ -244,7 +245,3 @@ class _Probe:
         except SetAside:
             return ""
         return answered[len(alone) :] if self.CALLED in alone and answered.startswith(alone) else ""
-
-
-def _any_of(words: Sequence[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")

@@ -9,7 +9,6 @@
 Nothing in it is pickled, and nothing in it belongs to an engine or to a number of processes.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -22,8 +21,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from chatlora.disk import settle, sha256_of, sync
 from chatlora.errors import CheckpointError
-from chatlora.run_directory import sync
 
 MANIFEST, PROGRESS, ADAPTER, STATE = "manifest.json", "progress.json", "adapter.safetensors", "optimizer.safetensors"
 SIGNED = (ADAPTER, STATE, PROGRESS)
@@ -88,9 +87,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
         save_file(kept, beside / STATE)
         (beside / PROGRESS).write_bytes(_as_json(progress))
         (beside / MANIFEST).write_bytes(_as_json({"files": {name: _signature(beside / name) for name in SIGNED}}))
-        for path in beside.iterdir():
-            sync(path)
-        sync(beside)
+        settle(beside)
         if home.exists():  # a broken one: a run goes on from the newest good one, so that none of those is in its way
             _delete(home)
         beside.rename(home)
@@ -205,8 +202,7 @@ def why_broken(home: Path) -> str | None:
 
 
 def _signature(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _as_json(values: dict[str, Any]) -> bytes:

@@ -1,7 +1,6 @@
 """What happens after the last step: the adapter, as others load it."""
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from chatlora.config import Config
+from chatlora.disk import written_beside
 from chatlora.distributed.memory import NOT_EXPORTED, out_of_memory_told
 from chatlora.distributed.runtime import Runtime
 from chatlora.errors import ModelError
@@ -44,18 +44,14 @@ def export_adapter(
 
     def export(weights: dict[str, torch.Tensor], folder: Path) -> None:
         """A PEFT adapter that is whole when it appears."""
-        beside = folder.with_name(f".{folder.name}")
-        shutil.rmtree(beside, ignore_errors=True)
-        save_adapter(adapted, weights, beside)
-        tokenizer.save_pretrained(beside)
-        save_template_settings(beside, renderer.chat_template_kwargs, config.model.chat_template_date)
         base = adapted.get_base_model()
-        save_generation_config(base, renderer.stop_ids, beside)
-        card = model_card(config, run.path, served_class(base).__name__, base.name_or_path)
-        (beside / "README.md").write_text(card, encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        beside.rename(folder)
+        with written_beside(folder) as beside:
+            save_adapter(adapted, weights, beside)
+            tokenizer.save_pretrained(beside)
+            save_template_settings(beside, renderer.chat_template_kwargs, config.model.chat_template_date)
+            save_generation_config(base, renderer.stop_ids, beside)
+            card = model_card(config, run.path, served_class(base).__name__, base.name_or_path)
+            (beside / "README.md").write_text(card, encoding="utf-8")
         fault = why_not_served(adapted, weights, folder, runtime.autocast_dtype)
         if fault:
             raise ModelError(

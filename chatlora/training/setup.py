@@ -1,6 +1,5 @@
 """What happens before the first step: from what a person asked for to what the loop takes."""
 
-import hashlib
 import json
 import platform
 import subprocess
@@ -22,6 +21,7 @@ from chatlora.data.dataset import PreparedData, Say, prepare_training_data
 from chatlora.data.held_out import HELD_OUT, kept_by
 from chatlora.data.ledger import summary_lines
 from chatlora.data.loader import Loader
+from chatlora.disk import sha256_of, write_json, write_text
 from chatlora.distributed.memory import not_loaded, out_of_memory_told
 from chatlora.distributed.runtime import Runtime
 from chatlora.distributed.zero3 import layer_by_layer, num_elements, refuse_stacked_experts
@@ -39,7 +39,7 @@ from chatlora.model.lora_init import init_fingerprint, start_from
 from chatlora.model.loss import TargetLoss
 from chatlora.reading.scan import inputs_of, scan
 from chatlora.rendering.renderer import Renderer
-from chatlora.run_directory import RunDirectory, write_json, write_text
+from chatlora.run_directory import RunDirectory
 from chatlora.run_lock import INPUTS, lock_run, refuse_other_inputs
 from chatlora.training.checkpoint import refuse_full_disk
 from chatlora.training.schedule import Schedule
@@ -220,7 +220,7 @@ def contents_of(config: Config) -> dict[str, Any]:
     data, template = config.data, config.model.chat_template
     validation = [source for sources in data.validation_sets.values() for source in sources]
     try:
-        text = None if template is None else hashlib.sha256(template.read_bytes()).hexdigest()
+        text = None if template is None else sha256_of(template)
     except OSError as error:
         raise ModelError(f"model.chat_template: {template} cannot be read: {error}") from None
     return {

@@ -66,7 +66,7 @@ def test_a_builder_that_was_killed_leaves_nothing_in_the_way(tmp_path: Path) -> 
     assert not (tmp_path / "key").exists()
     store: ExampleStore = built_once(tmp_path / "key", build_three)
     assert store.fetch([2, 0]) == [Example([7, 2], [-100, 2]), Example([7, 0], [-100, 0])]
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 def test_a_full_disk_is_told_with_the_setting_to_change(tmp_path: Path) -> None:

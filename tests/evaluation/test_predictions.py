@@ -75,10 +75,13 @@ BAD_LINES = {
     '{"prediction": "a", "reference": ["b", 1]}': "only strings",
     '{"prediction": "a", "reference": {"text": "b"}}': "'reference' is an object",
     '{"prediction": "a", "prediction_raw": 1, "reference": "b"}': "'prediction_raw' is a number",
-    '["a", "b"]': "holds a list, not an object",
-    '{"prediction": "a", "refer': "looks cut off",
-    "{'prediction': 'a', 'reference': 'b'}": "write one JSON object on each line",
+    '["a", "b"]': "a list where a row was expected; a row is an object",
+    '{"prediction": "a", "refer': "was the file cut while it was written or copied?",
+    "{'prediction': 'a', 'reference': 'b'}": "write the line with a JSON library",
     "[" * 100_000: "nested too deeply",
+    '{"prediction": "a", "prediction": "b", "reference": "c"}': "the key 'prediction' stands twice in one object",
+    f'{{"id": {"7" * 5_000}, "prediction": "a", "reference": "b"}}': "a number of more than 4,300 digits; put it in",
+    '{"prediction": "a", "reference": "\0"}': "NUL bytes, as a crash or a full disk leaves them",
 }
 
 
@@ -96,7 +99,13 @@ def test_every_bad_line_is_told_with_place_reason_and_remedy(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b'{"prediction": "a", "reference": "b"}\n{"prediction": "\xff"}\n', "bad.jsonl:2: byte 17 is not UTF-8"),
+        (b'{"prediction": "a", "reference": "b"}\n{"prediction": "\xff"}\n', "bad.jsonl:2: not UTF-8 (byte 0xff"),
+        (
+            '{"prediction": "好", "reference": "b"}'.encode("gb18030"),
+            "it could be GB18030: convert the file with: iconv",
+        ),
+        ('{"prediction": "a", "reference": "b"}'.encode("utf-16"), "bad.jsonl:1: the file is UTF-16; convert it with"),
+        (b'{"id": ' + b"7" * 5_000 + b', "prediction": "a", "reference": "b"}', "bad.jsonl:1: a number of more than"),
         (b"", "bad.jsonl: holds no predictions; write one JSON object"),
         (None, "bad.jsonl: cannot be read (No such file or directory)"),
     ],

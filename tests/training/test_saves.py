@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import save_file
 
+from chatlora import disk
 from chatlora.config import CheckpointConfig
 from chatlora.errors import CheckpointError
 from chatlora.run_directory import RunDirectory
@@ -191,10 +192,11 @@ def test_everything_is_on_the_disk_before_it_counts(tmp_path: Path) -> None:
 @traced
 @pytest.mark.parametrize("forgotten", ["files", "the folder"])
 def test_a_forgotten_sync_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str) -> None:
-    sync = checkpoint_module.sync
-    monkeypatch.setattr(
-        checkpoint_module, "sync", lambda path: None if path.is_file() == (forgotten == "files") else sync(path)
-    )
+    sync = disk.sync
+    for module in (disk, checkpoint_module):
+        monkeypatch.setattr(
+            module, "sync", lambda path: None if path.is_file() == (forgotten == "files") else sync(path)
+        )
     run = begin(tmp_path)
     calls = trace(lambda: publish(SETTINGS, run, state(NEW)), tmp_path)
     assert what_is_out_of_order(calls, run)
