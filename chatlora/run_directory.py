@@ -6,6 +6,7 @@ import mmap
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,6 +54,7 @@ class RunDirectory:
         self.progress: TrainingProgress | None = None
         self.step = 0
         self.last_time = time.monotonic()
+        self.last_seconds: deque[float] = deque(maxlen=5)  # that steps took
 
     @property
     def adapter(self) -> Path:
@@ -99,6 +101,7 @@ class RunDirectory:
             return
         now = time.monotonic()
         seconds, self.last_time, self.step = now - self.last_time, now, done
+        self.last_seconds.append(seconds)
         memory = self.peak_memory()
         line = {
             "step": done,
@@ -155,6 +158,12 @@ class RunDirectory:
             self.progress.say(line)
         elif self.writes:
             print(line, file=sys.stderr, flush=True)
+
+    def finishing(self) -> str:
+        """`finishing step 12, about 40 s`, by the steps before it; without a time where there is none to go by."""
+        usual = sum(self.last_seconds) / max(1, len(self.last_seconds))
+        left = usual - (time.monotonic() - self.last_time)
+        return f"finishing step {self.step + 1:,}" + (f", about {left:,.0f} s" if left >= 0.5 else "")
 
     @contextmanager
     def reporting(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "chatlora"
 
 # From the ground up. A room imports from its own layer and from those below it.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "cache", "progress"}),
+    frozenset({"errors", "cache", "progress", "scripts"}),
     frozenset({"config", "config_files", "run_directory", "run_lock", "embedded_model"}),
     frozenset({"reading"}),
     frozenset({"rendering"}),

@@ -142,7 +142,7 @@ def test_a_stop_obeyed_on_the_spot_is_caught(server: ForkServer, argv: list[str]
     on_the_spot = (
         "import contextlib\n"
         "from chatlora.distributed.signals import StopSignals\n"
-        "StopSignals.noted = lambda signals: contextlib.nullcontext()"
+        "StopSignals.noted = lambda *given: contextlib.nullcontext()"
     )
     assert server.run(argv, tmp_path, at=At("SIGTERM", STEP, 5), broken=on_the_spot) == [75]
     assert saved(tmp_path) == [3]
