@@ -160,10 +160,11 @@ class RunDirectory:
             print(line, file=sys.stderr, flush=True)
 
     def finishing(self) -> str:
-        """`finishing step 12, about 40 s`, by the steps before it; without a time where there is none to go by."""
-        usual = sum(self.last_seconds) / max(1, len(self.last_seconds))
-        left = usual - (time.monotonic() - self.last_time)
-        return f"finishing step {self.step + 1:,}" + (f", about {left:,.0f} s" if left >= 0.5 else "")
+        """`finishing step 12, about 40 s`, by the steps before it; where these tell no more, what it took so far."""
+        spent = time.monotonic() - self.last_time
+        left = sum(self.last_seconds) / max(1, len(self.last_seconds)) - spent
+        told = f", about {left:,.0f} s" if left >= 0.5 else f", {spent:,.0f} s so far" if spent >= 0.5 else ""
+        return f"finishing step {self.step + 1:,}{told}"
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
