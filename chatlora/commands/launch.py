@@ -27,8 +27,9 @@ def main() -> None:
         leave("the process", error.returncode)
     except SignalException:
         sys.exit(1)
-    except (ValueError, OSError) as error:  # its own settings; a port that is taken
-        sys.exit(f"\naccelerate launch cannot start: {error}")
+    except (ValueError, OSError, ImportError) as error:  # its settings, a port that is taken, DeepSpeed not installed
+        print(f"\naccelerate launch cannot start: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def leave(who: str, status: int) -> None:

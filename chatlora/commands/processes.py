@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from chatlora.config_files import HELP, read_yaml
-from chatlora.distributed.signals import LAUNCHED, SIGNALS
+from chatlora.distributed.signals import LAUNCHED, SIGNALS, StopSignals
 from chatlora.errors import PROCESSES, ConfigError, LaunchError, Stopped
 from chatlora.scripts import launcher_file, load_script, script_path
 
@@ -65,7 +65,8 @@ def start(script: str, asked: Asked, *, alone: bool = False) -> None:
     is_launched = any(name in os.environ for name in (*LAUNCHED, "LOCAL_RANK"))
     if is_launched and asked.flags:
         raise LaunchError(f"--{next(iter(asked.flags))}: this is a launcher's process already, which cannot launch")
-    launcher = None if alone or is_launched else launcher_flags(asked.flags)
+    with StopSignals():  # torch is imported, to count
+        launcher = None if alone or is_launched else launcher_flags(asked.flags)
     if launcher is None:
         load_script(script).main(asked.words)
         return
