@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -79,12 +79,18 @@ def start(script: str, asked: Asked, *, alone: bool = False) -> None:
     processes.leave(status)
 
 
-def launcher_flags(flags: Mapping[str, str]) -> dict[str, str] | None:
-    """For `accelerate launch`; None where this process is enough."""
+def num_gpus() -> int:
+    import torch
+
+    return torch.accelerator.device_count()
+
+
+def launcher_flags(flags: Mapping[str, str], gpus: Callable[[], int] = num_gpus) -> dict[str, str] | None:
+    """For `accelerate launch`; None where this process is enough. gpus: counts them, where that matters."""
     chosen = dict(flags)
     if "config_file" not in flags:
         machines = int(flags.get("num_machines", 1))
-        chosen.setdefault("num_processes", str(machines * max(1, num_gpus())))
+        chosen.setdefault("num_processes", str(machines * max(1, gpus())))
         if chosen == {"num_processes": "1"}:
             return None
     file = launcher_file(flags.get("config_file", "multi_gpu"))
@@ -94,15 +100,10 @@ def launcher_flags(flags: Mapping[str, str]) -> dict[str, str] | None:
         return chosen
     if "main_process_port" not in settings:
         chosen.setdefault("main_process_port", "0")  # any that is free
-    if "num_processes" not in chosen and 0 < num_gpus() < int(settings.get("num_processes") or 1):
-        chosen["num_processes"] = str(num_gpus())
+    in_file = int(settings.get("num_processes") or 1)
+    if "num_processes" not in chosen and in_file > 1 and 0 < gpus() < in_file:
+        chosen["num_processes"] = str(gpus())
     return chosen
-
-
-def num_gpus() -> int:
-    import torch
-
-    return torch.accelerator.device_count()
 
 
 class Processes:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from chatlora.commands.processes import parse
+from chatlora.commands.processes import launcher_flags, parse
 from chatlora.errors import ConfigError
 from chatlora.scripts import CONFIGS, launcher_file, load_script, script_path
 from tests.fork_server import REPOSITORY
@@ -140,6 +140,23 @@ def test_words_are_the_launchers_or_the_scripts() -> None:
     for wrong in (["--num_processes"], ["--num_processes", "all"], ["--main_process_port", "-1"]):
         with pytest.raises(ConfigError, match=wrong[0]):
             parse(wrong)
+
+
+def test_a_process_for_each_gpu_and_none_more(tmp_path: Path) -> None:
+    ddp = {"config_file": str(CONFIGS / "multi_gpu.yaml"), "main_process_port": "0"}
+    zero = {"config_file": str(CONFIGS / "zero2.yaml"), "main_process_port": "0"}
+    assert launcher_flags({}, lambda: 0) is None
+    assert launcher_flags({}, lambda: 1) is None
+    assert launcher_flags({"num_processes": "1"}, lambda: 4) is None
+    assert launcher_flags({"num_processes": "2"}, lambda: 0) == {**ddp, "num_processes": "2"}
+    assert launcher_flags({}, lambda: 4) == {**ddp, "num_processes": "4"}
+    assert launcher_flags({"config_file": "zero2"}, lambda: 4) == {**zero, "num_processes": "4"}
+    assert launcher_flags({"config_file": "zero2"}, lambda: 8) == zero, "as many as the file says"
+    (tmp_path / "mine.yaml").write_text("{num_processes: 2, main_process_port: 12345}")
+    mine = {"config_file": str(tmp_path / "mine.yaml")}
+    assert launcher_flags(mine, lambda: 4) == mine
+    nodes = {"config_file": "multi_node", "machine_rank": "1", "main_process_ip": "host"}
+    assert launcher_flags(nodes, lambda: 4) == {**nodes, "config_file": str(CONFIGS / "multi_node.yaml")}
 
 
 def test_a_launchers_file_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,6 +227,11 @@ def test_a_terminal_that_closes_stops_the_run_with_everything_saved(
     closes = TERMINAL + f"on_entry({STEP!r}, 5, close)"
     assert server.run(argv, tmp_path, broken=closes) == [75]
     assert (read_status(tmp_path / "run")["state"], saved(tmp_path)[-1]) == ("stopped", 5)
+    writes_on = (
+        "\nfrom chatlora.distributed.signals import StopSignals\nStopSignals._leave_terminals = lambda given: None"
+    )
+    (tmp_path / "broken").mkdir()
+    assert server.run(argv, tmp_path / "broken", broken=closes + writes_on) != [75]
 
 
 def test_an_interrupt_is_told_at_once_and_each_second_above_the_bar(
