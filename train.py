@@ -14,6 +14,7 @@ from chatlora.config import Config
 from chatlora.config_files import HELP, help_text, load_config
 from chatlora.distributed.signals import StopSignals
 from chatlora.errors import NonFiniteError, Stopped, run_as_script
+from chatlora.scripts import load_script
 from chatlora.training.named_files import refuse_missing_files
 from chatlora.training.schedule import Schedule
 
@@ -161,13 +162,13 @@ def main(argv: Sequence[str]) -> None:
                 loader, validation = setup.loaders(config, runtime, data, padded)
                 setup.describe_run(config, runtime, run, adapted, renderer, data, loader)
                 model, optimizer = setup.prepare_for_engine(config, runtime, adapted, packed=not padded)
-                with out_of_memory_told(setup.does_not_fit(config, loader.token_budget)), signals.noted():
+                too_large = out_of_memory_told(setup.does_not_fit(config, loader.token_budget))
+                with too_large, signals.noted(run.finishing, run.say):
                     train(config, runtime, run, model, optimizer, loader, validation)
                 export_adapter(config, runtime, run, model, optimizer, adapted, tokenizer, renderer)
             runtime.free()
         if config.evaluation.after_training and setup.has_test_rows(config, runtime, run):
-            import evaluate
-
+            evaluate = load_script("evaluate")
             evaluate.main([str(run.path), "--compare", "base"], runtime, again=not finished)
 
 

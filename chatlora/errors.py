@@ -20,9 +20,11 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
+PROCESSES = "CHATLORA_PROCESSES"  # names a file of process ids and exit statuses
 SHOWN = 20  # problems of one kind that are spelled out; the rest are counted
 REPEATED = 3  # rows of a file with the same problem, each of which is told
 PLACE = re.compile(r"(?P<file>.+?):(\d+(: row \d+)?| row \d+| \w*\[\d+\]): (?P<sentence>.+)", re.DOTALL)
@@ -178,14 +180,37 @@ def run_as_script(main: Callable[[Sequence[str]], None]) -> None:
     0 done, 2 the user's mistake (one block on standard error, no traceback), 75 stopped, 1 anything else.
     """
     faulthandler.enable(2)  # where native code crashes, the line that called it is told
+    note_process()
+    status = 1
     try:
         main(sys.argv[1:])
+        status = 0
     except ChatLoraError as error:
         print(f"\n{this_rank()}{error}", file=sys.stderr)
-        sys.exit(error.exit_status)
+        status = error.exit_status
     except Stopped as stop:
         for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):  # launchers repeat themselves; the status is decided
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
-        print(f"\n{stop}", file=sys.stderr)
-        sys.exit(stop.exit_status)
+        if os.environ.get("RANK", "0") == "0":  # all processes stop at the same step
+            print(f"\n{stop}", file=sys.stderr)
+        status = stop.exit_status
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        raise
+    finally:
+        note_process(status)
+    if status:
+        sys.exit(status)
+
+
+def note_process(status: int | None = None) -> None:
+    """`PID`, and at the end `PID STATUS`, for the command that started a launcher, which hides both."""
+    path = os.environ.get(PROCESSES)
+    if path is None:
+        return
+    with suppress(OSError):  # there is none any more, or its disk is full: only the exit status is less exact
+        line = f"{os.getpid()}\n" if status is None else f"{os.getpid()} {status}\n"
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.write(descriptor, line.encode())
+        os.close(descriptor)

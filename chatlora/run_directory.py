@@ -5,6 +5,7 @@ import math
 import mmap
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -66,6 +67,7 @@ class RunDirectory:
         self.progress: Progress | None = None
         self.step = 0
         self.last_time = time.monotonic()
+        self.last_seconds: deque[float] = deque(maxlen=5)  # that steps took
 
     @property
     def adapter(self) -> Path:
@@ -111,6 +113,7 @@ class RunDirectory:
             return
         now = time.monotonic()
         seconds, self.last_time, self.step = now - self.last_time, now, done
+        self.last_seconds.append(seconds)
         memory = self.peak_memory()
         line = {
             "step": done,
@@ -197,6 +200,13 @@ class RunDirectory:
             self.progress.say(line)
         elif self.writes:
             print_line(line)
+
+    def finishing(self) -> str:
+        """`finishing step 12, about 40 s`, by the steps before it; where these tell no more, what it took so far."""
+        spent = time.monotonic() - self.last_time
+        left = sum(self.last_seconds) / max(1, len(self.last_seconds)) - spent
+        told = f", about {left:,.0f} s" if left >= 0.5 else f", {spent:,.0f} s so far" if spent >= 0.5 else ""
+        return f"finishing step {self.step + 1:,}{told}"
 
     @contextmanager
     def reporting(self) -> Iterator[None]:

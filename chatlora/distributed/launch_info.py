@@ -14,8 +14,8 @@ from chatlora.config import Config
 from chatlora.distributed.deepspeed import settings_of_launcher
 from chatlora.distributed.launch_checks import LaunchInfo
 from chatlora.errors import LaunchError
+from chatlora.scripts import HOME
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 NO_FILE = "none"
 
 
@@ -71,11 +71,11 @@ def _deepspeed_settings(config_file: Mapping[str, Any]) -> dict[str, Any]:
     if named == NO_FILE:
         return settings_of_launcher(os.environ)
     # A path in a launcher's file is meant from the repository's root, wherever the command is given.
-    around = [Path.cwd(), REPOSITORY]
+    around = [Path.cwd(), HOME]
     around += [Path(config_file["path"]).resolve().parent] if "path" in config_file else []
     found = [folder / named for folder in around if (folder / named).is_file()]
     if not found:
-        raise LaunchError(f"deepspeed_config_file: {named} is neither in {Path.cwd()} nor in {REPOSITORY}")
+        raise LaunchError(f"deepspeed_config_file: {named} is neither in {Path.cwd()} nor in {HOME}")
     try:
         settings = json.loads(found[0].read_text(encoding="utf-8"))
     except ValueError as error:

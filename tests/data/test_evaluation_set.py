@@ -90,6 +90,7 @@ def test_rows_held_out_of_a_hub_data_set_are_read_from_the_split_they_came_from(
         return Dataset.from_list(rows)
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("chatlora.reading.sources.why_unreachable", lambda: None)
     (kept,) = prepare(tmp_path, train="owner/name", validation=0.1).held_out_rows()["validation"]
     sources = [HeldOutRows.model_validate(kept)]
     samples, _ = prepare_evaluation_data(sources, PLAIN, max_prompt_length=None, max_new_tokens=64)

@@ -1,20 +1,22 @@
-"""SIGTERM, SIGINT and SIGUSR1, wherever they arrive: what is finished is saved, status.json says so, exit status 75."""
+"""SIGTERM, SIGINT, SIGUSR1 and SIGHUP, wherever they arrive: what is finished is saved, and told; exit status 75."""
 
 import json
 import os
+import re
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from chatlora.distributed.signals import StopSignals
 from chatlora.errors import Stopped
-from chatlora.run_directory import LOG, VALIDATION, read_log, read_status
+from chatlora.run_directory import LOG, VALIDATION, RunDirectory, read_log, read_status
 from tests.fork_server import At, ForkServer
 from tests.runs import STEP, STEPS, WRITE, saved, wait_until
 
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 VALIDATES = "chatlora.data.loader:Loader.in_order"
 BUILDS = "chatlora.rendering.renderer:Renderer.render"
 RENDERS = "jinja2:Template.render"  # within whatever guards against what a template may raise
@@ -60,6 +62,7 @@ FAST = [
     ("SIGTERM", "training", 1),
     ("SIGINT", "training", 1),
     ("SIGUSR1", "training", 2),
+    ("SIGHUP", "training", 1),
     ("SIGTERM", "validation", 2),
     ("SIGTERM", "the last save", 1),
 ]
@@ -142,7 +145,7 @@ def test_a_stop_obeyed_on_the_spot_is_caught(server: ForkServer, argv: list[str]
     on_the_spot = (
         "import contextlib\n"
         "from chatlora.distributed.signals import StopSignals\n"
-        "StopSignals.noted = lambda signals: contextlib.nullcontext()"
+        "StopSignals.noted = lambda *given: contextlib.nullcontext()"
     )
     assert server.run(argv, tmp_path, at=At("SIGTERM", STEP, 5), broken=on_the_spot) == [75]
     assert saved(tmp_path) == [3]
@@ -181,6 +184,104 @@ def test_a_signal_during_generation_is_told_by_status_json(server: ForkServer, e
     assert server.run(["run"], evaluated, script="evaluate") == [0]
 
 
+# ---- a terminal
+
+NOHUP = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+# A process that reads what a terminal gets into a file, while it lives; its end closes the terminal.
+TERMINAL = """
+import fcntl, os, pty, signal, struct, termios
+from pathlib import Path
+from tests.fork_server import on_entry
+master, slave = os.openpty()
+fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+reader = os.fork()
+if reader == 0:
+    os.close(slave)
+    with open("terminal", "ab", buffering=0) as file:
+        while True:
+            file.write(os.read(master, 4096))
+os.close(master)
+os.setsid()
+fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+os.dup2(slave, 1), os.dup2(slave, 2), os.close(slave)
+os.environ["TERM"] = "xterm"
+def close():
+    os.kill(reader, signal.SIGKILL)
+    os.waitpid(reader, 0)
+def interrupt(seconds):
+    import time
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(seconds)
+"""
+
+
+def test_nohup_is_respected(server: ForkServer, argv: list[str], tmp_path: Path) -> None:
+    assert server.run(argv, tmp_path, at=At("SIGHUP", STEP, 5), broken=NOHUP) == [0]
+    assert read_status(tmp_path / "run")["state"] == "done"
+
+
+def test_a_terminal_that_closes_stops_the_run_with_everything_saved(
+    server: ForkServer, argv: list[str], tmp_path: Path
+) -> None:
+    """Whatever is written to it from then on is an error, and must not be what ends the run."""
+    closes = TERMINAL + f"on_entry({STEP!r}, 5, close)"
+    assert server.run(argv, tmp_path, broken=closes) == [75]
+    assert (read_status(tmp_path / "run")["state"], saved(tmp_path)[-1]) == ("stopped", 5)
+    writes_on = (
+        "\nfrom chatlora.distributed.signals import StopSignals\nStopSignals._leave_terminals = lambda given: None"
+    )
+    (tmp_path / "broken").mkdir()
+    assert server.run(argv, tmp_path / "broken", broken=closes + writes_on) != [75]
+
+
+def test_an_interrupt_is_told_at_once_and_each_second_above_the_bar(
+    server: ForkServer, argv: list[str], tmp_path: Path
+) -> None:
+    interrupts = TERMINAL + f"on_entry({STEP!r}, 5, lambda: interrupt(3.5))"
+    assert server.run(argv, tmp_path, broken=interrupts) == [75]
+    wait_until(lambda: b"which is saved" in (tmp_path / "terminal").read_bytes())
+    shown = screen((tmp_path / "terminal").read_bytes().decode())
+    told = [line for line in shown if "SIGINT: " in line]
+    # A line of its own each: the bar is not in it.
+    assert all(line.startswith("SIGINT: finishing step 5") for line in told), shown
+    assert all(line.endswith("; once more leaves it unsaved") for line in told), shown
+    assert len(told) >= 3
+    assert sum("training" in line for line in shown) == 1, "one bar, in one piece, below them"
+
+
+def test_how_long_a_step_still_takes_is_told_by_the_ones_before_it(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path, lock=None, peak_memory=lambda: 0)
+    run.step, run.last_time = 11, time.monotonic() - 1000
+    assert re.fullmatch(r"finishing step 12, 1,0\d\d s so far", run.finishing())
+    run.last_seconds += [4000, 6000]
+    assert re.fullmatch(r"finishing step 12, about (4,000|3,9\d\d) s", run.finishing())
+
+
+def test_other_processes_than_the_first_are_silent(server: ForkServer, argv: list[str], tmp_path: Path) -> None:
+    before = server.log.stat().st_size
+    assert server.run(argv, tmp_path, ranks=2, at=At("SIGINT", STEP, 5)) == [75, 75]
+    told = server.log.read_bytes()[before:].decode()
+    assert told.count("SIGINT: finishing step 5") == told.count("stopped after step 5") == 1
+
+
+def screen(output: str) -> list[str]:
+    """The lines that a terminal shows after it got `output`: as much of one as rich's bar needs."""
+    lines, row, column = [""], 0, 0
+    for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", output):
+        if part == "\n":
+            row, lines = row + 1, lines + [""] * (row + 2 - len(lines))
+        elif part == "\r":
+            column = 0
+        elif part.endswith("A"):
+            row -= int(part[2:-1] or 1)
+        elif part.endswith("K"):
+            lines[row] = ""
+        elif not part.startswith("\x1b"):
+            lines[row] = lines[row][:column].ljust(column) + part + lines[row][column + len(part) :]
+            column += len(part)
+    return [line.rstrip() for line in lines]
+
+
 # ---- what the handler does
 
 
@@ -196,6 +297,37 @@ def test_only_the_first_signal_interrupts() -> None:
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     assert {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS} == before, "the process is as it was"
     assert sys.unraisablehook is hook
+
+
+HANDLED = """
+import ctypes, signal, sys
+from chatlora.distributed.signals import SIGNALS, swap_death_signal
+def state():
+    before = swap_death_signal(0)
+    swap_death_signal(before)
+    return [signal.getsignal(getattr(signal, name)) for name in SIGNALS], sys.unraisablehook, sys.excepthook, before
+def unchanged(main, *words):
+    before = state()
+    try:
+        main(*words)
+    finally:
+        assert state() == before, (state(), before)
+"""
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate"])
+def test_main_leaves_the_process_as_it_found_it(
+    server: ForkServer, evaluated: Path, argv: list[str], script: str
+) -> None:
+    """Whoever calls it from a program of his own has his handlers back, whatever came of it."""
+    words = {"train": [*argv, "--run.output_dir", "other"], "evaluate": ["run"]}[script]
+    wrapped = f"{HANDLED}\nimport {script}\nmain = {script}.main\n"
+    wrapped += f"{script}.main = lambda *given: unchanged(main, *given)"
+    starts = At("SIGTERM", "chatlora.distributed.runtime:start")
+    # With a launcher's variable, the signal of a parent's death is asked for.
+    for precision, at, status in (("no", starts, 75), ("fp16", None, 2), ("no", None, 0)):
+        launched = {"ACCELERATE_MIXED_PRECISION": precision}
+        assert server.run(words, evaluated, script=script, broken=wrapped, at=at, environment=launched) == [status]
 
 
 def test_no_library_swallows_the_stop() -> None:

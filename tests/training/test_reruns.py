@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-import evaluate
 from chatlora.config_files import config_from_file
 from chatlora.errors import ConfigError, DataError
 from chatlora.run_directory import read_status
+from chatlora.scripts import load_script
 
+evaluate = load_script("evaluate")  # as train.main has it
 Run = Callable[..., Path]
 SHORT = ("--optim.max_steps", "1", "--data.validation", "0")
 
