@@ -60,7 +60,7 @@ def chatlora(config: Any, steps: int, rows_at_a_time: int) -> Iterator[tuple[int
     import tempfile
 
     import train
-    from chatlora.run_directory import read_log
+    from chatlora.run_log import read_log
 
     with tempfile.TemporaryDirectory() as folder:
         run, settings = Path(folder) / "run", Path(folder) / "bench.yaml"

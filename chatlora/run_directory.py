@@ -2,7 +2,6 @@
 
 import json
 import math
-import mmap
 import os
 import time
 from collections import deque
@@ -16,11 +15,11 @@ from filelock import FileLock
 from chatlora.config import BestBy, Config
 from chatlora.config_files import config_text
 from chatlora.config_rows import UNNAMED
-from chatlora.disk import sweep, sync, whole_lines, write_json, write_text
+from chatlora.disk import sweep, sync, write_json, write_text
 from chatlora.errors import CheckpointError, Stopped, this_rank
 from chatlora.progress import Progress, clock, print_line
+from chatlora.run_log import LOG, LOGS, VALIDATION, cut_back, read_log
 
-LOG, VALIDATION = LOGS = ("log.jsonl", "validation.jsonl")
 LONG_STEP = 10.0  # seconds after which a step tells its micro-batches
 STEPS_FOR_SPEED = 20  # speed and time left come from the last ones, since the first are slow
 
@@ -271,32 +270,3 @@ def read_status(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
     return status
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log.jsonl or validation.jsonl; none where there is no file."""
-    return whole_lines(path) if path.is_file() else []
-
-
-def cut_back(path: Path, step: int) -> None:
-    """Drop a log's lines after `step` and what a kill left of one. Costs what is dropped, however long the log is."""
-    with path.open("a+b") as file:
-        if not file.tell():
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            end = text.rfind(b"\n") + 1
-            while end:
-                start = text.rfind(b"\n", 0, end - 1) + 1
-                if _is_of(text[start:end], step):
-                    break
-                end = start
-        file.truncate(end)
-        os.fsync(file.fileno())
-
-
-def _is_of(line: bytes, step: int) -> bool:
-    """Whether it is a whole line of a step up to `step`. Where the power failed, the last ones may hold anything."""
-    try:
-        return bool(json.loads(line)["step"] <= step)
-    except (ValueError, KeyError, TypeError):
-        return False

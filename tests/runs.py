@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from chatlora.run_directory import LOG, VALIDATION, read_log, read_status
+from chatlora.run_directory import read_status
+from chatlora.run_log import LOG, VALIDATION, read_log
 from chatlora.training.checkpoint import Checkpoint, newest_checkpoint, published, step_of
 from tests.engine_runs import ENGINES, environment_of
 from tests.fork_server import At, ForkServer

@@ -21,7 +21,8 @@ from chatlora.model.adapter_folder import (
     why_not_served,
 )
 from chatlora.rendering.renderer import Renderer
-from chatlora.run_directory import RunDirectory, read_log
+from chatlora.run_directory import RunDirectory
+from chatlora.run_log import read_log
 from chatlora.training.checkpoint import home_of, read_checkpoint, why_broken
 from chatlora.training.state import gather_adapter
 

@@ -19,7 +19,8 @@ import train
 from chatlora import commands
 from chatlora.config_files import load_config
 from chatlora.evaluation.metrics import MEASURES, score
-from chatlora.run_directory import read_log, read_status
+from chatlora.run_directory import read_status
+from chatlora.run_log import read_log
 from tests.chatglm3_checkpoints import TINY, Original, write_checkpoint
 
 ROWS = [

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from chatlora.run_directory import read_log
+from chatlora.run_log import read_log
 from tests.fork_server import ForkServer
 
 REPOSITORY = Path(__file__).resolve().parents[2]

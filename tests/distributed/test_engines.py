@@ -21,7 +21,8 @@ from chatlora.config_files import load_config
 from chatlora.data.dataset import prepare_training_data
 from chatlora.model.loading import load_tokenizer, renderer_for
 from chatlora.rendering.examples import Example
-from chatlora.run_directory import read_log, read_status
+from chatlora.run_directory import read_status
+from chatlora.run_log import read_log
 from chatlora.training.checkpoint import Checkpoint, home_of, read_checkpoint
 from chatlora.training.schedule import Schedule
 from tests.distributed.test_launch_checks import AUTO_JSON

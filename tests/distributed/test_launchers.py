@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from chatlora.run_directory import LOG, read_log, read_status
+from chatlora.run_directory import read_status
+from chatlora.run_log import LOG, read_log
 from tests.fork_server import REPOSITORY
 from tests.runs import is_alive, saved, wait_until
 

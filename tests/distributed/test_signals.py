@@ -12,7 +12,8 @@ import pytest
 
 from chatlora.distributed.signals import StopSignals
 from chatlora.errors import Stopped
-from chatlora.run_directory import LOG, VALIDATION, RunDirectory, read_log, read_status
+from chatlora.run_directory import RunDirectory, read_status
+from chatlora.run_log import LOG, VALIDATION, read_log
 from tests.fork_server import At, ForkServer
 from tests.runs import STEP, STEPS, WRITE, saved, wait_until
 

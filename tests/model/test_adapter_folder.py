@@ -27,7 +27,7 @@ from chatlora.model.loading import load_adapter, load_base_model, load_for_infer
 from chatlora.model.lora import add_lora, trainable
 from chatlora.model.lora_init import init_fingerprint, start_from
 from chatlora.model.loss import TargetLoss
-from chatlora.run_directory import read_log
+from chatlora.run_log import read_log
 from tests.model.test_gradients import conversations
 from tests.model_families import FAMILIES, SHAPE, build_base
 from tests.tiny_models import tiny_llama

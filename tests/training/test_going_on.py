@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from chatlora.errors import CheckpointError, ConfigError
-from chatlora.run_directory import LOG, VALIDATION, cut_back, read_log, read_status
+from chatlora.run_directory import read_status
+from chatlora.run_log import LOG, VALIDATION, cut_back, read_log
 from chatlora.training.checkpoint import published, read_checkpoint, step_of
 from tests.fork_server import At, ForkServer
 from tests.runs import STEP, STEPS, Whole, differences, newest, outcome

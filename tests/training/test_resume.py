@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from chatlora.run_directory import LOG, read_log, read_status
+from chatlora.run_directory import read_status
+from chatlora.run_log import LOG, read_log
 from chatlora.training.checkpoint import published, step_of
 from tests.engine_runs import environment_of
 from tests.fork_server import At, ForkServer

@@ -12,7 +12,8 @@ import evaluate
 import train
 from chatlora.data.held_out import HELD_OUT
 from chatlora.errors import ConfigError, DataError
-from chatlora.run_directory import VALIDATION, RunDirectory, read_log, read_status
+from chatlora.run_directory import RunDirectory, read_status
+from chatlora.run_log import VALIDATION, read_log
 from tests.fork_server import At, ForkServer
 
 Run = Callable[..., Path]

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import train
 from chatlora.config_files import load_config
 from chatlora.errors import ConfigError, LaunchError, ModelError, NonFiniteError
-from chatlora.run_directory import read_log, read_status
+from chatlora.run_directory import read_status
+from chatlora.run_log import read_log
 from chatlora.training.schedule import Schedule
 from tests.tiny_models import tiny_llama
 from tests.tiny_tokenizers import tiny_tokenizer
