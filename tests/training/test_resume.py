@@ -120,11 +120,9 @@ def test_killed_at_a_chosen_moment_a_run_ends_the_same(
 def test_where_one_process_of_two_is_killed_the_other_ends_and_both_go_on(
     server: ForkServer, argv: list[str], whole: Callable[..., Whole], tmp_path: Path
 ) -> None:
-    began = time.monotonic()
     statuses = server.run(argv, tmp_path, ranks=2, at=At("SIGKILL", STEP, 6, rank=1))
     assert statuses[1] == -signal.SIGKILL
     assert statuses[0] not in (0, 2, 75)
-    assert time.monotonic() - began < 60
     assert read_status(tmp_path / "run")["state"] == "failed"
     assert server.run(argv, tmp_path, ranks=2) == [0, 0]
     assert differences(tmp_path / "run", whole(2).outcome) == []
