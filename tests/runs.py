@@ -85,10 +85,9 @@ def saved(folder: Path) -> list[int]:
     return [step_of(home) for home in published(folder / "run" / "checkpoints")]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool]) -> None:
+    """pytest's own limit ends a test of which this never comes true."""
     while not condition():
-        assert time.monotonic() < end, "it never came to that"
         time.sleep(0.01)
 
 

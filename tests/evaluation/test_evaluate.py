@@ -11,6 +11,7 @@ import pytest
 import evaluate
 from chatlora.errors import ChatLoraError, ConfigError
 from chatlora.evaluation.command_line import parse
+from tests.launched import launched
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -230,13 +231,8 @@ def test_scoring_the_predictions_again_gives_the_same_scores(evaluated: Path, tm
 
 
 def test_two_processes_write_what_one_writes(world: Path, evaluated: Path, tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
-    launch += ["--config_file", str(ROOT / "accelerate_configs/multi_gpu.yaml")]  # it also runs without a GPU
-    launch += ["--main_process_port", "0"]  # any free one: another launch may be under way on this machine
     words = [str(world / "run"), "--compare", "base", "--output_dir", str(tmp_path / "test")]
-    done = subprocess.run(
-        [*launch, str(ROOT / "evaluate.py"), *words], capture_output=True, text=True, check=False, timeout=120
-    )
+    done = launched("evaluate", words, tmp_path, config="multi_gpu", processes=2)
     assert done.returncode == 0, done.stderr
     for name in ("test", "test-base"):
         both, alone = (folder / name / "predictions.jsonl" for folder in (tmp_path, evaluated))

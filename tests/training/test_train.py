@@ -18,6 +18,7 @@ from chatlora.config_files import load_config
 from chatlora.errors import ConfigError, DataError, LaunchError, ModelError, NonFiniteError
 from chatlora.run_directory import read_log, read_status
 from chatlora.training.schedule import Schedule
+from tests.launched import launched
 from tests.tiny_models import tiny_llama
 from tests.tiny_tokenizers import tiny_tokenizer
 
@@ -235,17 +236,11 @@ def test_a_base_model_without_a_template_is_told_the_setting(world: Path, run: R
     assert AutoTokenizer.from_pretrained(folder / "adapter").chat_template
 
 
-def launch(config: str, processes: int, *arguments: str) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command += [str(REPOSITORY / "accelerate_configs" / config), "--num_processes", str(processes)]
-    command += ["--main_process_port", "0", str(REPOSITORY / "train.py"), *arguments]
-    told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
-    assert told.returncode == 0, told.stderr[-4000:]
-
-
 def test_two_processes_compute_what_one_computes(world: Path, run: Run, tmp_path: Path) -> None:
     flags = ("--lora.dropout", "0", "--optim.epochs", "1")
-    launch("multi_gpu.yaml", 2, str(world / "my.yaml"), "--run.output_dir", "two", *flags)
+    argv = [str(world / "my.yaml"), "--run.output_dir", "two", *flags]
+    told = launched("train", argv, tmp_path, config="multi_gpu", processes=2)
+    assert told.returncode == 0, told.stderr[-4000:]
     assert json.loads(Path("two/environment.json").read_text())["engine"] == "ddp"
     one = run(*flags)
     assert json.loads((one / "environment.json").read_text())["engine"] == "single"
