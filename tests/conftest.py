@@ -15,6 +15,31 @@ from tests.fork_server import ForkServer
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# xdist hands out whole files (--dist loadfile): the long ones first, so that at the end all processes are busy.
+LONG = (
+    "test_engines",
+    "test_embedded_model",
+    "test_chatglm3_conversion",
+    "test_launch_checks",
+    "test_resume",
+    "test_signals",
+    "test_train",
+    "test_configurations",
+    "test_failures",
+    "test_launchers",
+    "test_evaluate",
+    "test_extending",
+    "test_going_on",
+    "test_checkpoint",
+    "test_adapter_folder",
+    "test_models",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -18,7 +18,8 @@ from chatlora.config_files import load_config
 from chatlora.errors import ConfigError, DataError, LaunchError, ModelError, NonFiniteError
 from chatlora.run_directory import read_log, read_status
 from chatlora.training.schedule import Schedule
-from tests.launched import launched
+from tests.engine_runs import environment_of
+from tests.fork_server import ForkServer
 from tests.tiny_models import tiny_llama
 from tests.tiny_tokenizers import tiny_tokenizer
 
@@ -236,11 +237,10 @@ def test_a_base_model_without_a_template_is_told_the_setting(world: Path, run: R
     assert AutoTokenizer.from_pretrained(folder / "adapter").chat_template
 
 
-def test_two_processes_compute_what_one_computes(world: Path, run: Run, tmp_path: Path) -> None:
+def test_two_processes_compute_what_one_computes(world: Path, run: Run, server: ForkServer, tmp_path: Path) -> None:
     flags = ("--lora.dropout", "0", "--optim.epochs", "1")
     argv = [str(world / "my.yaml"), "--run.output_dir", "two", *flags]
-    told = launched("train", argv, tmp_path, config="multi_gpu", processes=2)
-    assert told.returncode == 0, told.stderr[-4000:]
+    assert server.run(argv, tmp_path, ranks=2, environment=environment_of("multi_gpu")) == [0, 0]
     assert json.loads(Path("two/environment.json").read_text())["engine"] == "ddp"
     one = run(*flags)
     assert json.loads((one / "environment.json").read_text())["engine"] == "single"
