@@ -21,15 +21,15 @@ LONG = (
     "test_embedded_model",
     "test_chatglm3_conversion",
     "test_launch_checks",
-    "test_resume",
+    "test_kill_and_resume",
     "test_signals",
     "test_train",
-    "test_configurations",
+    "test_accelerate_configs",
     "test_failures",
-    "test_launchers",
+    "test_launcher_signals",
     "test_evaluate",
     "test_extending",
-    "test_going_on",
+    "test_resume_conditions",
     "test_checkpoint",
     "test_adapter_folder",
     "test_models",
@@ -38,6 +38,20 @@ LONG = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+@pytest.fixture
+def count(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """`count("200 of 231 were killed")` stands under the summary of a whole `pytest -m slow`."""
+    return lambda sentence: record_property("count", sentence)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = terminalreporter.getreports("passed")
+    counts = [value for report in reports for name, value in report.user_properties if name == "count"]
+    if counts:
+        terminalreporter.section("counts")
+        terminalreporter.write_line("\n".join(map(str, counts)))
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
