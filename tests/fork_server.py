@@ -228,7 +228,8 @@ def on_entry(place: str, call: int, act: Callable[[], object]) -> None:
     module, _, path = place.partition(":")
     *owners, name = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
-    entered, calls = getattr(owner, name), []
+    entered = getattr(owner, name)
+    calls: list[None] = []
 
     @functools.wraps(entered)
     def entering(*arguments: Any, **options: Any) -> Any:
@@ -256,7 +257,7 @@ def note_examples(path: Path) -> None:
             file.write(json.dumps([step, micro_batch, fetched[-1]]) + "\n")
         seed_draws(runtime, seed, step, micro_batch)
 
-    ExampleSet.fetch, Runtime.seed_draws = noting, seeding  # type: ignore[method-assign]
+    ExampleSet.fetch, Runtime.seed_draws = noting, seeding
 
 
 def reap(request: dict[str, Any]) -> int:

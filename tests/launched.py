@@ -1,6 +1,6 @@
 """`accelerate launch`, as one types it.
 
-    told = launched("train", ["my.yaml"], cwd, config="zero3", processes=2, planted="PYTHON", CHATLORA_CACHE="...")
+    told = launched("train", ["my.yaml"], cwd, config="zero3", processes=2, planted="PYTHON")
 
 What is planted is run first, in every process: this file is then what accelerate launches, with the script's name in
 front of its arguments.
@@ -10,7 +10,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -37,14 +37,13 @@ def launched(
     processes: int = 1,
     words: Sequence[str] = (),
     planted: str | None = None,
-    **environment: str,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     if planted is None:
         command = launch_command(f"{script}.py", argv, config, processes, words)
     else:
         command = launch_command("tests/launched.py", [script, *argv], config, processes, words)
-        environment["PLANTED"] = planted
-    variables = {**os.environ, **environment}
+    variables = {**os.environ, **(environment or {}), "PLANTED": planted or ""}
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=variables)
 
 

@@ -174,7 +174,7 @@ def test_a_damaged_pickle_is_found_by_its_own_checksum(tmp_path: Path) -> None:
 
 
 def load_bytes(path: Path) -> bytes:
-    return torch.load(path, weights_only=True)["transformer.output_layer.weight"].numpy().tobytes()[:64]
+    return bytes(torch.load(path, weights_only=True)["transformer.output_layer.weight"].numpy().tobytes()[:64])
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, -1])
@@ -343,8 +343,8 @@ def put(name: str, tensor: torch.Tensor | None) -> Callable[[Path], None]:
     return change
 
 
-def write_file(name: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(text) and None
+def write_file(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
 
 
 NORM = "transformer.encoder.final_layernorm.weight"
@@ -352,7 +352,7 @@ PREFIX = "transformer.prefix_encoder.embedding.weight"
 CODE = 'SPECIAL_TOKENS = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]'
 NAMED = '{"name_or_path": "THUDM/chatglm2-6b", "tokenizer_class": "ChatGLMTokenizer"}'
 FIRST = {"inner_hidden_size": 16384, "position_encoding_2d": True, "padded_vocab_size": ...}
-REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "ChatGLM-6B": (change_config(**FIRST), "is ChatGLM-6B"),
     "ChatGLM2 by its name": (change_config(_name_or_path="THUDM/chatglm2-6b"), "is ChatGLM2"),
     "ChatGLM2 by its tokenizer's name": (write_file("tokenizer_config.json", NAMED), "is ChatGLM2"),

@@ -10,7 +10,9 @@ from chatlora.data.batches import GlobalBatches, in_order
 from tests.costs import calls_of
 
 
-def batches(lengths: np.ndarray, *, processes: int = 1, padded: bool = False, batch: int = 8, budget: int = 600):
+def batches(
+    lengths: np.ndarray, *, processes: int = 1, padded: bool = False, batch: int = 8, budget: int = 600
+) -> GlobalBatches:
     targets = lengths // 2
     return GlobalBatches(lengths, targets, batch, budget, seed=3, num_processes=processes, padded=padded)
 

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_dataset import write_rows
-from tiny_tokenizers import CHATML_TOKENS, tiny_tokenizer
 
 from chatlora.config import Source
 from chatlora.data.dataset import prepare_evaluation_data
 from chatlora.errors import DataError
 from chatlora.rendering.renderer import Renderer
+from tests.data.test_dataset import write_rows
+from tests.tiny_tokenizers import CHATML_TOKENS, tiny_tokenizer
 
 PLAIN = Renderer(tiny_tokenizer())
 

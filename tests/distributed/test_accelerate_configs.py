@@ -42,7 +42,7 @@ def launch(world: Path, alone: Path, cwd: Path, config: str, engine: str, proces
         config=config,
         processes=processes,
         words=["--num_machines", "1"] if config == "multi_node" else [],
-        CHATLORA_CACHE=str(world / "cache"),
+        environment={"CHATLORA_CACHE": str(world / "cache")},
     )
     assert told.returncode == 0, told.stderr[-4000:]
     assert f"{processes} process(es), {engine} on " in told.stderr

@@ -49,7 +49,7 @@ def end(world: Path, folder: Path, config: str, where: str, how: str, adapter: P
         config=config,
         processes=2,
         planted=how.format(place=place, call=call),
-        CHATLORA_CACHE=str(world / "cache"),
+        environment={"CHATLORA_CACHE": str(world / "cache")},
     )
     assert told.returncode != 0
     report = told.stderr[told.stderr.rindex("Root Cause") :]

@@ -204,7 +204,8 @@ def test_a_configuration_file_says_when_to_use_it_in_three_lines(path: Path) -> 
 def launch(world: Path, cwd: Path, *words: str, **environment: str) -> tuple[int, str]:
     """Exit status and output of `accelerate launch WORDS train.py my.yaml`."""
     argv = [str(world / "my.yaml"), "--run.output_dir", "run", "--optim.max_steps", "2"]
-    told = launched("train", argv, cwd, words=words, CHATLORA_CACHE=str(world / "cache"), **environment)
+    variables = {"CHATLORA_CACHE": str(world / "cache"), **environment}
+    told = launched("train", argv, cwd, words=words, environment=variables)
     return told.returncode, told.stdout + told.stderr
 
 

@@ -119,7 +119,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompt and several references, one conversation of two turns, and one row that types a control token."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from tiny_models import chatml_tokenizer, tiny_llama
+
+    from tests.tiny_models import chatml_tokenizer, tiny_llama
 
     folder = tmp_path_factory.mktemp("world")
     tokenizer = chatml_tokenizer()

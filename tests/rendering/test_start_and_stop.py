@@ -15,6 +15,7 @@ import train
 from chatlora import parse_row
 from chatlora.rendering.examples import IGNORE_INDEX, Example
 from chatlora.rendering.renderer import Renderer
+from tests.runs import noted
 from tests.tiny_models import tiny_llama
 from tests.tiny_tokenizers import CHATML, GLM, GLM_TOKENS, LLAMA3, LLAMA3_TOKENS, tiny_tokenizer
 
@@ -146,7 +147,7 @@ def train_and_fetch(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> list[t
 
     kept: list[Any] = []
     load_data = setup.load_data
-    monkeypatch.setattr(setup, "load_data", lambda *given: kept.append(load_data(*given)) or kept[0])
+    monkeypatch.setattr(setup, "load_data", lambda *given: noted(kept, load_data(*given)))
     Path("my.yaml").write_text("lora: {rank: 2}\nrun: {precision: fp32, cpu_threads: 1}\n")
     train.main(["my.yaml", *flags])
     train_set = kept[0][-1].train

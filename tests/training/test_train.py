@@ -20,6 +20,7 @@ from chatlora.run_directory import read_log, read_status
 from chatlora.training.schedule import Schedule
 from tests.engine_runs import environment_of
 from tests.fork_server import ForkServer
+from tests.runs import noted
 from tests.tiny_models import tiny_llama
 from tests.tiny_tokenizers import tiny_tokenizer
 
@@ -121,7 +122,7 @@ def test_logits_after_loading_are_those_of_training(run: Run, monkeypatch: pytes
     from chatlora.training import setup
 
     load_model = setup.load_model
-    monkeypatch.setattr(setup, "load_model", lambda *given: kept.append(load_model(*given)) or kept[0])
+    monkeypatch.setattr(setup, "load_model", lambda *given: noted(kept, load_model(*given)))
     folder = run()
     ids = torch.arange(20)[None]
     trained = kept[0][0].eval()
@@ -175,7 +176,7 @@ def test_a_non_finite_gradient_updates_nothing_and_names_the_rows(run: Run, monk
 
     prepared: list[Any] = []
     prepare = setup.prepare_for_engine
-    monkeypatch.setattr(setup, "prepare_for_engine", lambda *a, **b: prepared.append(prepare(*a, **b)) or prepared[0])
+    monkeypatch.setattr(setup, "prepare_for_engine", lambda *a, **b: noted(prepared, prepare(*a, **b)))
     backward, calls = Runtime.backward, []
 
     def poisoned(self: Runtime, loss: torch.Tensor) -> None:
