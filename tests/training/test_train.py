@@ -209,22 +209,16 @@ def test_mistakes_are_told_with_their_remedy(run: Run, flags: list[str], error: 
     assert sentence in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("line", "sentence"),
-    [
-        ('{"messages": [{"role": "asistant", "content": "x"}]}', "did you mean 'assistant'?"),
-        ('{"messages": [{"role": "user", "content": "x"', "bad.jsonl:2"),
-    ],
-)
-def test_a_bad_row_ends_with_status_2_and_without_a_traceback(world: Path, run: Run, line: str, sentence: str) -> None:
-    rows = (world / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-    Path("bad.jsonl").write_text("\n".join([rows[0], line, *rows[1:]]) + "\n", encoding="utf-8")
+def test_bad_rows_end_with_status_2_and_without_a_traceback(world: Path, run: Run) -> None:
+    first, *rows = (world / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    bad = ['{"messages": [{"role": "asistant", "content": "x"}]}', '{"messages": [{"role": "user", "content": "x"']
+    Path("bad.jsonl").write_text("\n".join([first, *bad, *rows]) + "\n", encoding="utf-8")
     command = [sys.executable, str(REPOSITORY / "train.py"), str(world / "my.yaml"), "--data.train", "bad.jsonl"]
     told = subprocess.run(command, capture_output=True, text=True, check=False)
     assert told.returncode == 2
     assert "Traceback" not in told.stderr
-    assert "bad.jsonl:2" in told.stderr
-    assert sentence in told.stderr
+    assert all(f"bad.jsonl:{number}" in told.stderr for number in (2, 3))
+    assert "did you mean 'assistant'?" in told.stderr
 
 
 def test_a_base_model_without_a_template_is_told_the_setting(world: Path, run: Run, tmp_path: Path) -> None:
