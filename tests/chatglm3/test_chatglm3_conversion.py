@@ -29,6 +29,7 @@ from chatlora.chatglm3.naming import fused_rows, known_tensors
 from chatlora.chatglm3.shards import sha256_of
 from chatlora.errors import ModelError
 from tests.chatglm3_checkpoints import TINY, write_checkpoint
+from tests.runs import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MB = 2**20
@@ -239,14 +240,6 @@ def finish(process: subprocess.Popen[bytes]) -> int:
     return peak
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    for _ in range(3000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not happen within 30 seconds")
-
-
 @pytest.fixture
 def room(tmp_path: Path) -> Iterator[Path]:
     """A folder for gigabytes, emptied at once: pytest keeps the folders of three runs."""
@@ -258,7 +251,7 @@ def test_two_layers_of_the_6b_model_survive_a_kill_in_little_memory_and_a_flippe
     source, target = room / "old", room / "new"
     write_six_b(source, num_layers=2)
     killed = start(source, target)
-    wait_for(lambda: (target / "model-00002-of-00004.safetensors.partial").exists())
+    wait_until(lambda: (target / "model-00002-of-00004.safetensors.partial").exists())
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (target / "config.json").exists()
