@@ -174,7 +174,8 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        measure(*arguments.measure, arguments)
+        name, precision = arguments.measure
+        measure(name, precision, arguments)
         return
 
     import torch

@@ -15,6 +15,45 @@ from tests.fork_server import ForkServer
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# xdist hands out whole files (--dist loadfile): the long ones first, so that at the end all processes are busy.
+LONG = (
+    "test_engines",
+    "test_embedded_model",
+    "test_chatglm3_conversion",
+    "test_launch_checks",
+    "test_kill_and_resume",
+    "test_signals",
+    "test_train",
+    "test_accelerate_configs",
+    "test_failures",
+    "test_launcher_signals",
+    "test_evaluate",
+    "test_extending",
+    "test_resume_conditions",
+    "test_checkpoint",
+    "test_adapter_folder",
+    "test_models",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+@pytest.fixture
+def count(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """`count("200 of 231 were killed")` stands under the summary of a whole `pytest -m slow`."""
+    return lambda sentence: record_property("count", sentence)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = terminalreporter.getreports("passed")
+    counts = [value for report in reports for name, value in report.user_properties if name == "count"]
+    if counts:
+        terminalreporter.section("counts")
+        terminalreporter.write_line("\n".join(map(str, counts)))
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

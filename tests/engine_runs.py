@@ -103,7 +103,8 @@ def assert_engine(engine: str, path: Path, *, everything_partitioned: bool = Fal
                 assert info["partitioned"] == info["parameters"]
             if everything_partitioned:
                 assert info["kept_whole"] == 0
-    return both[0]
+    rank_0: dict[str, Any] = both[0]
+    return rank_0
 
 
 def start_from_a_worked_adapter() -> None:

@@ -12,7 +12,7 @@ class Odd(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": 0.0, "by_row": by_row})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in (each for each in group["params"] if each.grad is not None):
                 self._move(parameter, parameter.grad, self.state[parameter], group)
@@ -41,7 +41,7 @@ class Elsewhere(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": 0.0})
         self.parts = [torch.optim.AdamW(parameters[::2]), torch.optim.SGD(parameters[1::2], momentum=0.9)]
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for part in self.parts:
             part.param_groups[0]["lr"] = self.param_groups[0]["lr"]
             part.step()
@@ -50,7 +50,7 @@ class Elsewhere(torch.optim.Optimizer):
 class InNumbers(torch.optim.SGD):
     """Counts its steps in a plain number."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         super().step(closure)
         for parameter in self.param_groups[0]["params"]:
             self.state[parameter]["count"] = self.state[parameter].get("count", 0) + 1
@@ -59,6 +59,6 @@ class InNumbers(torch.optim.SGD):
 class InGroups(torch.optim.SGD):
     """Estimates something that grows, beside its settings."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         super().step(closure)
         self.param_groups[0]["distance"] = self.param_groups[0].get("distance", 0.5) * 2

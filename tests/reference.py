@@ -14,6 +14,11 @@ from chatlora.rendering.examples import Example
 from tests.engine_runs import with_noise
 
 
+def _gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.clone()
+
+
 def reference(folder: Path, flags: list[str], examples: list[Example], steps: int) -> list[dict[str, torch.Tensor]]:
     """[gradient of the first step, weights after `steps` steps], by parameter name.
 
@@ -34,7 +39,7 @@ def reference(folder: Path, flags: list[str], examples: list[Example], steps: in
             loss += cross_entropy(logits.double(), torch.tensor(example.labels[1:]), reduction="sum")
         loss /= sum(label != -100 for example in batch for label in example.labels[1:])
         loss.backward()
-        gradient = gradient or {name: parameter.grad.clone() for name, parameter in adapter.items()}
+        gradient = gradient or {name: _gradient_of(parameter) for name, parameter in adapter.items()}
         torch.nn.utils.clip_grad_norm_(adapter.values(), optim.max_grad_norm)
         warmup = math.ceil(optim.warmup_ratio * steps)
         x = (step - warmup) / max(1, steps - warmup)

@@ -240,8 +240,8 @@ def test_help_needs_no_heavy_import(script: str) -> None:
 class TestTimetable:
     optim = OptimConfig(epochs=2, learning_rate=1.0, warmup_ratio=0.1)
 
-    def rates(self, schedule: str) -> list[float]:
-        schedule = Schedule(self.optim.model_copy(update={"schedule": schedule}), steps_per_epoch=10, every_steps=3)
+    def rates(self, name: str) -> list[float]:
+        schedule = Schedule(self.optim.model_copy(update={"schedule": name}), steps_per_epoch=10, every_steps=3)
         return [schedule.learning_rate(step) for step in range(schedule.num_steps)]
 
     def test_closed_forms(self) -> None:

@@ -81,6 +81,17 @@ def test_both_readmes_give_the_same_commands() -> None:
     assert english == chinese
 
 
+def test_both_readmes_name_the_same_versions_that_were_tried_last() -> None:
+    """Which these are is printed by .ci/newest.py, beside what it has just tried."""
+    libraries = ("transformers", "peft", "accelerate", "datasets", "torch")
+    english, chinese = (
+        re.findall(rf"\b({'|'.join(libraries)}) (\d[\d.]*\d)", (REPOSITORY / name).read_text(encoding="utf-8"))
+        for name in FILES
+    )
+    assert {name for name, _ in english} == set(libraries)
+    assert set(english) == set(chinese)
+
+
 def test_every_command_is_one_that_the_project_has() -> None:
     """Programs, scripts, subcommands and settings of all command lines, without running hours of training."""
     from chatlora.commands import COMMANDS

@@ -44,7 +44,8 @@ def write_adapter(
     """A random old adapter on (layer, module); returns what it adds to each of the old weights, before scaling."""
     folder.mkdir(parents=True)
     known, generator = known_tensors(TINY), torch.Generator().manual_seed(1)
-    factors, added = {}, {}
+    factors: dict[str, torch.Tensor] = {}
+    added: dict[str, torch.Tensor] = {}
     for layer, module in places:
         name = f"transformer.encoder.layers.{layer}.{module}"
         rows, columns = known[f"{name}.weight"].shape

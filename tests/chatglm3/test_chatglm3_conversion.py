@@ -29,6 +29,7 @@ from chatlora.chatglm3.naming import fused_rows, known_tensors
 from chatlora.disk import sha256_of
 from chatlora.errors import ModelError
 from tests.chatglm3_checkpoints import TINY, write_checkpoint
+from tests.runs import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MB = 2**20
@@ -174,7 +175,7 @@ def test_a_damaged_pickle_is_found_by_its_own_checksum(tmp_path: Path) -> None:
 
 
 def load_bytes(path: Path) -> bytes:
-    return torch.load(path, weights_only=True)["transformer.output_layer.weight"].numpy().tobytes()[:64]
+    return bytes(torch.load(path, weights_only=True)["transformer.output_layer.weight"].numpy().tobytes()[:64])
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, -1])
@@ -239,14 +240,6 @@ def finish(process: subprocess.Popen[bytes]) -> int:
     return peak
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    for _ in range(3000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not happen within 30 seconds")
-
-
 @pytest.fixture
 def room(tmp_path: Path) -> Iterator[Path]:
     """A folder for gigabytes, emptied at once: pytest keeps the folders of three runs."""
@@ -258,7 +251,7 @@ def test_two_layers_of_the_6b_model_survive_a_kill_in_little_memory_and_a_flippe
     source, target = room / "old", room / "new"
     write_six_b(source, num_layers=2)
     killed = start(source, target)
-    wait_for(lambda: any(target.glob(".model-00002-of-00004.safetensors.*.partial")))
+    wait_until(lambda: any(target.glob(".model-00002-of-00004.safetensors.*.partial")))
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (target / "config.json").exists()
@@ -343,8 +336,8 @@ def put(name: str, tensor: torch.Tensor | None) -> Callable[[Path], None]:
     return change
 
 
-def write_file(name: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(text) and None
+def write_file(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
 
 
 NORM = "transformer.encoder.final_layernorm.weight"
@@ -352,7 +345,7 @@ PREFIX = "transformer.prefix_encoder.embedding.weight"
 CODE = 'SPECIAL_TOKENS = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]'
 NAMED = '{"name_or_path": "THUDM/chatglm2-6b", "tokenizer_class": "ChatGLMTokenizer"}'
 FIRST = {"inner_hidden_size": 16384, "position_encoding_2d": True, "padded_vocab_size": ...}
-REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "ChatGLM-6B": (change_config(**FIRST), "is ChatGLM-6B"),
     "ChatGLM2 by its name": (change_config(_name_or_path="THUDM/chatglm2-6b"), "is ChatGLM2"),
     "ChatGLM2 by its tokenizer's name": (write_file("tokenizer_config.json", NAMED), "is ChatGLM2"),

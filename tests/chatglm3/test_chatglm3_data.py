@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from chatlora.chatglm3.tokenizer import STOP_IDS, tokenizer_files
 from chatlora.data.collate import pad_left, pad_right
 from chatlora.errors import DataError, SetAside
-from chatlora.reading.conversation import Conversation, Message, ToolCall
+from chatlora.reading.conversation import Conversation, Message, Role, ToolCall
 from chatlora.reading.formats import parse_row
 from chatlora.rendering.examples import IGNORE_INDEX, NO_TARGET_LEFT, PROMPT_TOO_LONG, Example
 from chatlora.rendering.renderer import Renderer
@@ -295,7 +295,7 @@ def test_random_calls_are_written_as_python_writes_them(renderer: Renderer, orig
     draw = random.Random(11)
     for _ in range(400):
         name, parameters = draw.choice(["f", "天气"]), {f"k{i}": random_value(draw) for i in range(draw.randrange(4))}
-        row = [
+        row: list[dict[str, Any]] = [
             {"role": "user", "content": "q"},
             {"role": "tool", "name": name, "parameters": parameters, "observation": random_text(draw)},
             {"role": "assistant", "content": "a"},
@@ -346,7 +346,7 @@ GLM4_0414 = (
 @pytest.mark.parametrize("template", [GLM4, GLM4_0414])
 def test_templates_like_glm4_s_are_trained_exactly(template: str) -> None:
     renderer = Renderer(tiny_tokenizer(chat_template=template, control_tokens=GLM_TOKENS, eos="<|endoftext|>"))
-    told = [
+    told: list[tuple[Role, str]] = [
         ("system", "你是助手"),
         ("user", "你好"),
         ("assistant", "你好！"),

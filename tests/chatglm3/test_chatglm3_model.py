@@ -57,8 +57,8 @@ def recorded_batches(path: Path) -> Iterator[tuple[dict[str, torch.Tensor], dict
             batch, _, name = key.rpartition(".")
             batches.setdefault(batch, {})[name] = torch.tensor(arrays[key])
     for batch in batches.values():
-        inputs = {name: batch.pop(name) for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-        yield inputs, batch
+        given: tuple[str, ...] = ("input_ids", "attention_mask", "position_ids")
+        yield {name: batch.pop(name) for name in given if name in batch}, batch
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

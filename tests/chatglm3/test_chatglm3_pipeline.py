@@ -32,7 +32,7 @@ ROWS = [
     }
     for color in "红橙黄绿青蓝紫黑白灰"
 ]
-WITH_TOOL = {
+WITH_TOOL: dict[str, Any] = {
     "tools": [{"name": "get_weather", "description": "天气", "parameters": {"type": "object", "properties": {}}}],
     "conversations": [
         {"role": "system", "content": "你是助手"},

@@ -50,17 +50,17 @@ def load(path: Path) -> Any:
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids of a message's text, in which nothing is a control token."""
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
 
-def test_every_recorded_string_has_its_ids_and_decodes(tokenizer, recordings) -> None:
+def test_every_recorded_string_has_its_ids_and_decodes(tokenizer: PreTrainedTokenizerBase, recordings: Path) -> None:
     for recorded in load(recordings / "tokenizer_strings.json"):
         assert encode(tokenizer, recorded["text"]) == recorded["ids"], recorded["text"]
         assert tokenizer.encode(recorded["text"], split_special_tokens=True) == PREFIX + recorded["ids"]
         assert tokenizer.decode(recorded["ids"]) == recorded["hf_decode"]
 
 
-def test_recorded_ids_decode_as_in_the_original(tokenizer, recordings) -> None:
+def test_recorded_ids_decode_as_in_the_original(tokenizer: PreTrainedTokenizerBase, recordings: Path) -> None:
     control = [token.content for token in tokenizer.added_tokens_decoder.values()]
     for recorded in load(recordings / "tokenizer_decode_ids.json"):
         ids = [id for id in recorded["ids"] if id >= 0]  # the original dropped -100 as it does every unknown id
@@ -72,7 +72,7 @@ def test_recorded_ids_decode_as_in_the_original(tokenizer, recordings) -> None:
         assert tokenizer.decode(ids, skip_special_tokens=True).lstrip(" ") == without.lstrip(" ")
 
 
-def test_tokens_have_their_recorded_names_and_ids(tokenizer, recordings) -> None:
+def test_tokens_have_their_recorded_names_and_ids(tokenizer: PreTrainedTokenizerBase, recordings: Path) -> None:
     recorded = load(recordings / "special_tokens.json")
     for name, id in recorded["special_tokens"].items():
         assert (tokenizer.convert_tokens_to_ids(name), tokenizer.convert_ids_to_tokens(id)) == (id, name)
@@ -82,7 +82,7 @@ def test_tokens_have_their_recorded_names_and_ids(tokenizer, recordings) -> None
     assert tokenizer.padding_side == "left"
 
 
-def test_control_tokens_inside_words_are_text(tokenizer, original) -> None:
+def test_control_tokens_inside_words_are_text(tokenizer: PreTrainedTokenizerBase, original: Any) -> None:
     for text in ("people of philosophy", "eop", "[MASK] [sMASK]", "a_sop", "sop1", "沙sop"):
         assert tokenizer.encode(text, add_special_tokens=False) == original.encode(text), text
     assert 64792 in tokenizer.encode("sop", add_special_tokens=False)  # a word of its own: the template's
@@ -112,7 +112,7 @@ def random_text(draw: random.Random) -> str:
     return "".join(pieces).encode("utf-8", "ignore").decode("utf-8")  # no halves of surrogate pairs
 
 
-def test_random_unicode_is_encoded_as_by_sentencepiece(tokenizer, original) -> None:
+def test_random_unicode_is_encoded_as_by_sentencepiece(tokenizer: PreTrainedTokenizerBase, original: Any) -> None:
     draw = random.Random(7)
     texts = [random_text(draw) for _ in range(5000)]
     backend = tokenizer.backend_tokenizer
@@ -128,7 +128,7 @@ def test_random_unicode_is_encoded_as_by_sentencepiece(tokenizer, original) -> N
     assert [text for text, mine, other in decoded if mine != other] == []
 
 
-def test_the_vocabulary_is_read_as_sentencepiece_reads_it(tokenizer_model, original) -> None:
+def test_the_vocabulary_is_read_as_sentencepiece_reads_it(tokenizer_model: Path, original: Any) -> None:
     model = read_sentencepiece(tokenizer_model)
     assert [piece.text for piece in model.pieces] == [original.id_to_piece(id) for id in range(len(original))]
     assert [piece.score for piece in model.pieces] == [original.get_score(id) for id in range(len(original))]

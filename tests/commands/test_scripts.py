@@ -109,7 +109,7 @@ def test_several_processes_stop_with_75_and_without_a_launchers_words(installed:
     command = ("train", str(world / "my.yaml"), "--run.output_dir", "run", "--config_file", "multi_gpu")
     started = installed.start(*command, "--num_processes", "2", *LONG)
     try:
-        wait_until(lambda: bool(read_log(installed.folder / "run" / LOG)) or started.poll() is not None, 200)
+        wait_until(lambda: bool(read_log(installed.folder / "run" / LOG)) or started.poll() is not None)
         started.send_signal(signal.SIGINT)
         assert started.wait(timeout=120) == 75, installed.told
     finally:

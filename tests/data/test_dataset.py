@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_tokenizers import QWEN3, THINK_TOKENS, TOOL_TOKENS, tiny_tokenizer
 
 from chatlora.config import DataConfig, Source
 from chatlora.data.dataset import (
@@ -24,6 +23,7 @@ from chatlora.errors import DataError
 from chatlora.reading.sources import read_conversations
 from chatlora.rendering.examples import IGNORE_INDEX
 from chatlora.rendering.renderer import Renderer
+from tests.tiny_tokenizers import QWEN3, THINK_TOKENS, TOOL_TOKENS, tiny_tokenizer
 
 PLAIN = Renderer(tiny_tokenizer())
 ONE_EXAMPLE_A_TURN = Renderer(tiny_tokenizer(chat_template=QWEN3, plain_tokens=THINK_TOKENS))
@@ -403,7 +403,7 @@ def test_reasoning_is_seen_before_the_renderer_is_made(tmp_path: Path, answer: s
         seen.append(any_reasoning)
         return ONE_EXAMPLE_A_TURN
 
-    config = DataConfig(train=str(tmp_path / "t.jsonl"))  # type: ignore[arg-type]
+    config = DataConfig(train=str(tmp_path / "t.jsonl"))
     for _ in range(2):  # looked for, then recalled
         data = prepare_training_data(config, 0, make_renderer, cache=tmp_path, say=lambda line: None)
         assert data.any_reasoning is expected

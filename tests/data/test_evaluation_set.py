@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from test_dataset import prepare, write_rows
-from tiny_tokenizers import CHATML_TOKENS, tiny_tokenizer
 
 from chatlora.config import Source
 from chatlora.data.dataset import prepare_evaluation_data
@@ -16,6 +14,8 @@ from chatlora.errors import DataError
 from chatlora.reading.scan import inputs_of
 from chatlora.reading.sources import fingerprint
 from chatlora.rendering.renderer import Renderer
+from tests.data.test_dataset import prepare, write_rows
+from tests.tiny_tokenizers import CHATML_TOKENS, tiny_tokenizer
 
 PLAIN = Renderer(tiny_tokenizer())
 

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from test_dataset import PLAIN, write_rows
 
 from chatlora.config import Source
 from chatlora.data import workers
 from chatlora.data.workers import Effort, Outcome, Work, num_workers, outcomes
 from chatlora.reading.sources import read_conversations
+from tests.data.test_dataset import PLAIN, write_rows
 
 
 def test_workers_give_what_one_process_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,6 @@
 """Thirty ways to launch what was not meant, each with its sentence; and right launches, which have none."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +14,8 @@ from chatlora.config import Config
 from chatlora.distributed.deepspeed import engine_settings, notes, settings_of_launcher
 from chatlora.distributed.launch_checks import LaunchInfo, check_launch
 from tests.engine_runs import environment_of
+from tests.launched import REPOSITORY, launched
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 RANKED = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 ZERO = {**RANKED, "ACCELERATE_USE_DEEPSPEED": "true"}
 FSDP = {**RANKED, "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -205,21 +201,12 @@ def test_a_configuration_file_says_when_to_use_it_in_three_lines(path: Path) -> 
 # ---- through the real launcher
 
 
-def launch(world: Path, cwd: Path, *words: str, **environment: str) -> tuple[int, str, float]:
-    """Exit status, output and seconds of `accelerate launch WORDS train.py my.yaml`."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *words]
-    command += [
-        str(REPOSITORY / "train.py"),
-        str(world / "my.yaml"),
-        "--run.output_dir",
-        "run",
-        "--optim.max_steps",
-        "2",
-    ]
-    variables = {**os.environ, "CHATLORA_CACHE": str(world / "cache"), "OMP_NUM_THREADS": "1", **environment}
-    began = time.monotonic()
-    told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, cwd=cwd, env=variables)
-    return told.returncode, told.stdout + told.stderr, time.monotonic() - began
+def launch(world: Path, cwd: Path, *words: str, **environment: str) -> tuple[int, str]:
+    """Exit status and output of `accelerate launch WORDS train.py my.yaml`."""
+    argv = [str(world / "my.yaml"), "--run.output_dir", "run", "--optim.max_steps", "2"]
+    variables = {"CHATLORA_CACHE": str(world / "cache"), **environment}
+    told = launched("train", argv, cwd, words=words, environment=variables)
+    return told.returncode, told.stdout + told.stderr
 
 
 def of(config: str) -> list[str]:
@@ -254,7 +241,7 @@ def test_a_bad_launch_ends_at_once_through_the_real_launcher(
     world: Path, tmp_path: Path, how: Callable[[Path], tuple[list[str], dict[str, str]]], sentence: str
 ) -> None:
     words, environment = how(tmp_path)
-    status, output, _ = launch(world, tmp_path, *words, **environment)
+    status, output = launch(world, tmp_path, *words, **environment)
     assert status != 0
     assert sentence in output
     assert "Loading weights" not in output
@@ -262,9 +249,9 @@ def test_a_bad_launch_ends_at_once_through_the_real_launcher(
 
 
 def test_two_jobs_in_one_output_directory(world: Path, tmp_path: Path) -> None:
+    """The other rank does not wait, for half an hour, for the one that left."""
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / ".lock"):
-        status, output, seconds = launch(world, tmp_path, *of("multi_gpu"))
+        status, output = launch(world, tmp_path, *of("multi_gpu"))
     assert status != 0
     assert "another process is training in run" in output
-    assert seconds < 60  # the other rank does not wait for the one that left

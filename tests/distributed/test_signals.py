@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,7 +98,7 @@ def test_a_signal_while_data_is_built(server: ForkServer, argv: list[str], tmp_p
 
     The signal arrives inside a template, of which nearly every exception makes a row that is set aside.
     """
-    mine = {"environment": {"CHATLORA_CACHE": str(tmp_path / "cache")}}
+    mine: dict[str, Any] = {"environment": {"CHATLORA_CACHE": str(tmp_path / "cache")}}
     assert server.run(argv, tmp_path, at=At("SIGTERM", RENDERS, 20), **mine) == [75]
     assert read_status(tmp_path / "run") == {"state": "stopped", "step": 0, "message": "stopped on SIGTERM"}
     # One process builds while the other one waits for it; both are told, as launchers do.
@@ -118,7 +119,7 @@ def test_a_stop_that_is_an_exception_like_others_is_caught(server: ForkServer, a
     ordinary = (
         "from chatlora.training import signals\nclass Stopped(Exception): exit_status = 75\nsignals.Stopped = Stopped"
     )
-    mine = {"environment": {"CHATLORA_CACHE": str(tmp_path / "cache")}}
+    mine: dict[str, Any] = {"environment": {"CHATLORA_CACHE": str(tmp_path / "cache")}}
     assert server.run(argv, tmp_path, at=At("SIGTERM", RENDERS, 20), broken=ordinary, **mine) != [75]
 
 
@@ -133,7 +134,7 @@ on_entry({BUILDS!r}, 20, Signalled)
 
 def test_a_stop_that_python_drops_is_sent_again(server: ForkServer, argv: list[str], tmp_path: Path) -> None:
     """A signal may arrive while Python runs somebody's `__del__`, and what is raised there goes nowhere."""
-    mine = {"environment": {"CHATLORA_CACHE": str(tmp_path / "cache")}}
+    mine: dict[str, Any] = {"environment": {"CHATLORA_CACHE": str(tmp_path / "cache")}}
     assert server.run(argv, tmp_path, broken=DROPS, **mine) == [75]
     assert read_status(tmp_path / "run")["message"] == "stopped on SIGUSR1"
     deaf = "from chatlora.distributed.signals import StopSignals\nStopSignals._dropped = lambda *given: None"

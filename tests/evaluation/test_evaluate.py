@@ -11,6 +11,7 @@ import pytest
 import evaluate
 from chatlora.errors import ChatLoraError, ConfigError
 from chatlora.evaluation.command_line import parse
+from tests.launched import launched
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -118,7 +119,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompt and several references, one conversation of two turns, and one row that types a control token."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from tiny_models import chatml_tokenizer, tiny_llama
+
+    from tests.tiny_models import chatml_tokenizer, tiny_llama
 
     folder = tmp_path_factory.mktemp("world")
     tokenizer = chatml_tokenizer()
@@ -230,13 +232,8 @@ def test_scoring_the_predictions_again_gives_the_same_scores(evaluated: Path, tm
 
 
 def test_two_processes_write_what_one_writes(world: Path, evaluated: Path, tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
-    launch += ["--config_file", str(ROOT / "accelerate_configs/multi_gpu.yaml")]  # it also runs without a GPU
-    launch += ["--main_process_port", "0"]  # any free one: another launch may be under way on this machine
     words = [str(world / "run"), "--compare", "base", "--output_dir", str(tmp_path / "test")]
-    done = subprocess.run(
-        [*launch, str(ROOT / "evaluate.py"), *words], capture_output=True, text=True, check=False, timeout=120
-    )
+    done = launched("evaluate", words, tmp_path, config="multi_gpu", processes=2)
     assert done.returncode == 0, done.stderr
     for name in ("test", "test-base"):
         both, alone = (folder / name / "predictions.jsonl" for folder in (tmp_path, evaluated))

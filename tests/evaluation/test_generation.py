@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
-from tiny_models import chatml_tokenizer, tiny_llama
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from chatlora.data.collate import pad_left
@@ -30,6 +29,7 @@ from chatlora.evaluation.generation import (
 from chatlora.evaluation.predictions import Prediction, read_predictions, read_written_so_far
 from chatlora.evaluation.sharding import shard_batches
 from evaluate import generate
+from tests.tiny_models import chatml_tokenizer, tiny_llama
 
 MAX_NEW_TOKENS = 24
 NEARLY_EQUAL = 1e-4  # where the two best logits are this close, rounding may decide
@@ -99,7 +99,7 @@ def run(
             greedy_settings(MAX_NEW_TOKENS, stop_ids, 300),
             Results(path, tokenizer, stop_ids),
         )
-    order = {sample.id: place for place, sample in enumerate(samples)}
+    order: dict[str | int, int] = {sample.id: place for place, sample in enumerate(samples)}
     return sorted(read_written_so_far(path), key=lambda prediction: order[prediction.id])
 
 

@@ -20,7 +20,7 @@ ENGLISH = "The quick brown fox jumps over the lazy dog."
 
 
 def golden_pairs(shared: Path) -> list[dict[str, Any]]:
-    pairs = json.loads((shared / "chatglm3/compute_metrics.json").read_text("utf-8"))["pairs"]
+    pairs: list[dict[str, Any]] = json.loads((shared / "chatglm3/compute_metrics.json").read_text("utf-8"))["pairs"]
     by_ids = json.loads((shared / "chatglm3/compute_metrics_ids.json").read_text("utf-8"))
     assert (len(pairs), len(by_ids)) == (48, 8)
     return pairs + [{**pair, "pred": pair["pred_text"], "label": pair["label_text"]} for pair in by_ids]

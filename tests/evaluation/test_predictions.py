@@ -27,13 +27,13 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def test_a_prediction_file_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prediction": "宽松的阔腿裤", "reference": "宽松的裤子"},
         {"id": "b", "prediction": "", "reference": ["one", "two"], "prompt": "[/bold] \ud83d"},
     ]
     (tmp_path / "mine.jsonl").write_text("\ufeff\n" + "".join(json.dumps(row) + "\r\n" for row in rows), "utf-8")
     evaluate.main(["--predictions", "mine.jsonl"])
-    expected = score([row["prediction"] for row in rows], [row["reference"] for row in rows])  # type: ignore[misc]
+    expected = score([row["prediction"] for row in rows], [row["reference"] for row in rows])
     told = json.loads((tmp_path / "eval/mine/scores.json").read_text("utf-8"))
     assert {name: entry["value"] for name, entry in told["scores"].items()} == expected.values
     assert {name: entry["signature"] for name, entry in told["scores"].items()} == expected.signatures

@@ -1,6 +1,7 @@
 """The CPU's attention against fp64, beside torch's own kernel."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -32,17 +33,19 @@ def torchs_own(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float |
 
 def unscaled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
     """Broken on purpose: another scale than was asked for."""
-    return CausalAttention.apply(q, k, v, None if scale else 0.9 * q.shape[-1] ** -0.5)
+    output: torch.Tensor = CausalAttention.apply(q, k, v, None if scale else 0.9 * q.shape[-1] ** -0.5)
+    return output
 
 
 def errors(
     computed: Attention, shape: tuple[int, int, int, int, float | None], length: int, dtype: torch.dtype
-) -> tuple[float, float, float, float]:
+) -> tuple[float, ...]:
     """Of output and gradients, relative to fp64."""
 
     def all_of(function: Attention, *tensors: torch.Tensor) -> list[torch.Tensor]:
         leaves = [tensor.detach().requires_grad_() for tensor in tensors[:3]]
-        output = function(*leaves, shape[4])
+        q, k, v = leaves
+        output = function(q, k, v, shape[4])
         return [output.detach(), *torch.autograd.grad(output, leaves, tensors[3])]
 
     given = inputs(shape, length, dtype)
@@ -83,16 +86,16 @@ def test_conversations_of_all_lengths_in_one_row_go_their_ways(window: int | Non
     boundaries = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
 
     def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        arguments = {"cu_seq_lens_q": boundaries, "max_length_q": max(lengths), "sliding_window": window}
-        return packed_attention(torch.nn.Module(), q, k, v, None, **arguments)[0]
+        where: dict[str, Any] = {"cu_seq_lens_q": boundaries, "max_length_q": max(lengths), "sliding_window": window}
+        return packed_attention(torch.nn.Module(), q, k, v, None, **where)[0]
 
     def one_by_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         outputs = []
-        for part in zip(*(tensor.split(lengths, 2) for tensor in (q, k, v)), strict=True):
-            position = torch.arange(part[0].shape[2])
+        for queries, keys, values in zip(*(tensor.split(lengths, 2) for tensor in (q, k, v)), strict=True):
+            position = torch.arange(queries.shape[2])
             behind = position[:, None] - position
             seen = (behind >= 0) & (behind < (window or len(position)))
-            outputs.append(scaled_dot_product_attention(*part, attn_mask=seen, enable_gqa=True))
+            outputs.append(scaled_dot_product_attention(queries, keys, values, attn_mask=seen, enable_gqa=True))
         return torch.cat(outputs, 2).transpose(1, 2)
 
     results = []

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ class Net(nn.Module):
         self.biased = nn.Linear(400, 24)
         self.of_gpt2 = Conv1D(320, 24)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.of_gpt2(torch.tanh(self.biased(torch.tanh(self.plain(x)))))
 
 

@@ -233,7 +233,7 @@ def test_stated_reasoning(key: str) -> None:
 
 
 def test_loss_and_weight_override() -> None:
-    turns = [{"loss": True}, {"loss": False}, {"weight": 0}, {"weight": 1}, {"loss": None}, {}]
+    turns: list[dict[str, Any]] = [{"loss": True}, {"loss": False}, {"weight": 0}, {"weight": 1}, {"loss": None}, {}]
     row = parse_row({"messages": [{"role": "assistant", "content": "a", **turn} for turn in turns]})
     assert [message.loss for message in row.messages] == [True, False, False, True, None, None]
 

@@ -191,12 +191,14 @@ def all_outcomes() -> dict[str, list[Outcome]]:
     return {name: [outcome_of(template, kind) for kind in CONVERSATIONS] for name, template in TEMPLATES.items()}
 
 
-def test_every_template_and_kind_of_conversation_is_exact_or_refused_as_foreseen(outcomes):
+def test_every_template_and_kind_of_conversation_is_exact_or_refused_as_foreseen(
+    outcomes: dict[str, list[Outcome]],
+) -> None:
     found = {name: [outcome.verdict for outcome in row] for name, row in outcomes.items()}
     assert found == foreseen()
 
 
-def test_the_table_in_the_documents_is_what_is_found(outcomes):
+def test_the_table_in_the_documents_is_what_is_found(outcomes: dict[str, list[Outcome]]) -> None:
     assert DOCUMENT.read_text(encoding="utf-8") == document(outcomes)
 
 

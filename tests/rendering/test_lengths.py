@@ -4,12 +4,12 @@ Run: pytest tests/rendering/test_lengths.py
 """
 
 import pytest
-from exactness import rendered_ids, spans
-from tiny_tokenizers import GLM, GLM_TOKENS, TOOL_TOKENS, tiny_tokenizer
 
 from chatlora.errors import DataError, SetAside
 from chatlora.reading.conversation import Conversation, Message
 from chatlora.rendering.renderer import IGNORE_INDEX, Example, Renderer, render_for_evaluation
+from tests.exactness import rendered_ids, spans
+from tests.tiny_tokenizers import GLM, GLM_TOKENS, TOOL_TOKENS, tiny_tokenizer
 
 MULTI = Conversation(
     (
@@ -37,14 +37,14 @@ def glm() -> Renderer:
 
 
 @pytest.fixture(scope="module")
-def lengths(chatml) -> tuple[int, int, int]:
+def lengths(chatml: Renderer) -> tuple[int, int, int]:
     """Ids of MULTI up to the end of its first reply, of its second, and in all."""
     [example] = chatml.render(MULTI, max_length=LONG).examples
     (_, first), (_, second) = spans(example)
     return first, second, len(example.input_ids)
 
 
-def test_fit_keeps_as_many_whole_turns_from_the_start_as_fit(chatml, lengths):
+def test_fit_keeps_as_many_whole_turns_from_the_start_as_fit(chatml: Renderer, lengths: tuple[int, int, int]) -> None:
     first, second, _ = lengths
     [whole] = chatml.render(MULTI, max_length=LONG).examples
     rendered = chatml.render(MULTI, max_length=second)
@@ -59,7 +59,7 @@ def test_fit_keeps_as_many_whole_turns_from_the_start_as_fit(chatml, lengths):
     assert f"{lengths[2]} tokens" in refused.value.detail
 
 
-def test_cut_cuts_at_max_length(chatml, lengths):
+def test_cut_cuts_at_max_length(chatml: Renderer, lengths: tuple[int, int, int]) -> None:
     first, _, _ = lengths
     [whole] = chatml.render(MULTI, max_length=LONG).examples
     rendered = chatml.render(MULTI, max_length=first - 2, over_length="cut")
@@ -70,7 +70,7 @@ def test_cut_cuts_at_max_length(chatml, lengths):
         chatml.render(MULTI, max_length=4, over_length="cut")
 
 
-def test_drop_and_error_name_the_length(chatml, lengths):
+def test_drop_and_error_name_the_length(chatml: Renderer, lengths: tuple[int, int, int]) -> None:
     with pytest.raises(SetAside, match=rf"^longer than max_length \({lengths[2]} tokens, max_length is 20\)$"):
         chatml.render(MULTI, max_length=20, over_length="drop")
     with pytest.raises(DataError, match=rf"train\.jsonl:7: {lengths[2]} tokens.*data\.max_length.* is 20.*over_length"):
@@ -80,7 +80,7 @@ def test_drop_and_error_name_the_length(chatml, lengths):
 # ---- evaluation
 
 
-def test_each_assistant_turn_is_a_sample_rendered_as_the_last_message(glm):
+def test_each_assistant_turn_is_a_sample_rendered_as_the_last_message(glm: Renderer) -> None:
     first, second = glm.render_for_evaluation(MULTI, max_prompt_length=None, max_new_tokens=2)
     assert [first.turn, second.turn] == [0, 1]
     assert first.input_ids == rendered_ids(glm, MULTI, 2, prompt=True)
@@ -93,7 +93,7 @@ def test_each_assistant_turn_is_a_sample_rendered_as_the_last_message(glm):
     assert list(last) == [second]
 
 
-def test_only_cut_cuts_references_and_nothing_cuts_prompts(chatml):
+def test_only_cut_cuts_references_and_nothing_cuts_prompts(chatml: Renderer) -> None:
     whole = list(chatml.render_for_evaluation(MULTI, max_prompt_length=None, max_new_tokens=3))
     cut = chatml.render_for_evaluation(MULTI, max_prompt_length=None, max_new_tokens=3, over_length="cut")
     assert [sample.output_ids for sample in cut] == [sample.output_ids[:3] for sample in whole]
@@ -109,6 +109,6 @@ def test_only_cut_cuts_references_and_nothing_cuts_prompts(chatml):
         chatml.render_for_evaluation(MULTI, max_prompt_length=limit, max_new_tokens=3, over_length="error")
 
 
-def test_a_prompt_is_what_apply_chat_template_gives(chatml):
+def test_a_prompt_is_what_apply_chat_template_gives(chatml: Renderer) -> None:
     conversation = Conversation(MULTI.messages[:4])
     assert chatml.prompt_ids(conversation) == rendered_ids(chatml, conversation, 4, prompt=True)

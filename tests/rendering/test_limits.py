@@ -7,11 +7,11 @@ import re
 import resource
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from chatlora.config import OverLength
 from chatlora.data import workers
 from chatlora.data.workers import Effort, Work, outcomes
 from chatlora.errors import DataError, ModelError, SetAside
@@ -42,10 +42,8 @@ def test_a_template_that_never_ends_is_refused_before_any_row(monkeypatch: pytes
     monkeypatch.setattr(rendering, "PROBE", SHORT)
     monkeypatch.setattr(template, "PROBE", SHORT)
     for text in (FOREVER + CHATML, "{{ 9 ** (9 ** 9) }}" + CHATML):
-        began = time.process_time()
         with pytest.raises(ModelError, match=r"the chat template computed for 0 seconds .* model\.chat_template"):
             Renderer(tiny_tokenizer(chat_template=text))
-        assert time.process_time() - began < 5
 
 
 def test_one_that_never_ends_for_one_row_names_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,13 +69,14 @@ def test_one_that_never_ends_for_one_row_names_the_row(monkeypatch: pytest.Monke
         "{{ '%99999999999d' % 1 }}",
     ],
 )
-def test_one_that_renders_too_much_sets_the_row_aside(what: str) -> None:
+def test_one_that_renders_too_much_sets_the_row_aside(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MEMORY", GIB // 2)
     renderer = Renderer(tiny_tokenizer(chat_template=on_demand(what)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(SetAside) as refused:
         renderer.render(conversation("go"), max_length=99)
     assert refused.value.reason in ("the chat template renders too much", "the chat template raises an error")
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 2.5 * GIB
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < GIB
     assert renderer.render(conversation("stay"), max_length=99).turns == 1
 
 
@@ -136,21 +135,25 @@ def test_time_grows_with_the_conversation() -> None:
 
 
 @pytest.mark.parametrize("over_length", ["fit", "cut", "drop", "error"])
-def test_a_row_of_megabytes_that_cannot_fit_costs_nothing(over_length: str) -> None:
+def test_a_row_of_megabytes_that_cannot_fit_is_not_rendered(
+    over_length: OverLength, monkeypatch: pytest.MonkeyPatch
+) -> None:
     renderer = Renderer(tiny_tokenizer())
     row = Conversation((Message("user", "word " * 2_000_000), Message("assistant", "yes")), place="train.jsonl:7")
-    began = time.process_time()
+    monkeypatch.setattr(
+        template.ChatTemplate, "render", lambda *given, **named: pytest.fail("that takes half a minute")
+    )
     with pytest.raises((SetAside, DataError), match=r"max_length`? is 2048"):
         renderer.render(row, max_length=2048, over_length=over_length)
-    assert time.process_time() - began < 5  # rendered, it takes half a minute
 
 
-def test_a_conversation_that_takes_seconds_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "SLOW_SECONDS", 0.05)
-    slow = "{% for a in range(99999) %}{% for b in range(5) %}{% endfor %}{% endfor %}"
+def test_conversations_that_take_long_are_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    work = Work(Renderer(tiny_tokenizer(chat_template=on_demand(slow))), 99, "fit", "all")
-    rows = [(0, conversation(answer)) for answer in ("stay", "go", "go")]
+    work = Work(Renderer(tiny_tokenizer()), 99, "fit", "all")
+    rows = [(0, conversation(answer)) for answer in ("one", "two", "three")]
+    assert len(list(outcomes(rows, work, 0, Effort(), said.append))) == 3
+    assert said == []
+    monkeypatch.setattr(workers, "SLOW_SECONDS", 0.0)
     assert len(list(outcomes(rows, work, 0, Effort(), said.append))) == 3
     (line,) = said
     assert re.match(r"train\.jsonl:7: rendering took \d+ seconds \(2 messages\)", line)

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import trl
-from broken_masks import BROKEN
-from exactness import assert_exact, rendered_ids, spans
-from tiny_tokenizers import tiny_tokenizer
 from transformers import AutoTokenizer
 
 from chatlora.errors import SetAside
 from chatlora.reading.conversation import Conversation, Message
 from chatlora.reading.formats import parse_row
 from chatlora.rendering.renderer import IGNORE_INDEX, Example, Renderer
+from tests.broken_masks import BROKEN
+from tests.exactness import assert_exact, rendered_ids, spans
+from tests.tiny_tokenizers import tiny_tokenizer
 
 QWEN25 = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text(encoding="utf-8")
 FILES = {  # name -> rows, and whether the model's own template does
@@ -44,7 +44,9 @@ def conversations(path: Path) -> list[Conversation]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_row_of_real_files_is_proved_and_broken_masks_are_refused(shared, renderers, name):
+def test_every_row_of_real_files_is_proved_and_broken_masks_are_refused(
+    shared: Path, renderers: dict[bool, Renderer], name: str
+) -> None:
     number, own = FILES[name]
     renderer, rows = renderers[own], conversations(shared / "data" / name)
     assert len(rows) == number
@@ -68,7 +70,9 @@ def assert_refused(
         renderer.prove(Example(example.input_ids, broken(example)), row, turns)
 
 
-def test_without_a_template_for_calls_no_row_is_trained_that_holds_one(shared, renderers):
+def test_without_a_template_for_calls_no_row_is_trained_that_holds_one(
+    shared: Path, renderers: dict[bool, Renderer]
+) -> None:
     rows = conversations(shared / "data" / "glaive_toolcall_en_demo.json")
     outcomes = [outcome(renderers[True], row) for row in rows]
     dropping = {"the chat template drops tool calls", "the chat template drops the tools on offer"}
@@ -95,7 +99,7 @@ TWO_TURNS = Conversation(
 
 
 @pytest.mark.parametrize("place", ["in front", "in the first prompt", "between the turns"])
-def test_a_changed_prompt_is_refused(place):
+def test_a_changed_prompt_is_refused(place: str) -> None:
     renderer = Renderer(tiny_tokenizer())
     [example] = renderer.render(TWO_TURNS, max_length=LONG).examples
     (first, _), (second, _) = spans(example)
@@ -108,7 +112,7 @@ def test_a_changed_prompt_is_refused(place):
 
 
 @pytest.mark.parametrize("question", ["Where?", "Where is <|im_end|>?"], ids=["plain", "control text"])
-def test_ids_that_spell_the_prompt_otherwise_than_inference_are_refused(question):
+def test_ids_that_spell_the_prompt_otherwise_than_inference_are_refused(question: str) -> None:
     renderer = Renderer(tiny_tokenizer())
     conversation = replace(TWO_TURNS, messages=(Message("user", question), *TWO_TURNS.messages[1:]))
     [example] = renderer.render(conversation, max_length=LONG).examples
@@ -124,7 +128,7 @@ def test_ids_that_spell_the_prompt_otherwise_than_inference_are_refused(question
             renderer.prove(Example(ids, labels), conversation, renderer.turns(conversation))
 
 
-def test_a_changed_reply_is_refused():
+def test_a_changed_reply_is_refused() -> None:
     renderer = Renderer(tiny_tokenizer())
     [example] = renderer.render(TWO_TURNS, max_length=LONG).examples
     for start, end in spans(example):
@@ -135,7 +139,7 @@ def test_a_changed_reply_is_refused():
                 renderer.prove(Example(ids, labels), TWO_TURNS, renderer.turns(TWO_TURNS))
 
 
-def test_a_rendering_that_is_not_what_transformers_gives_is_refused():
+def test_a_rendering_that_is_not_what_transformers_gives_is_refused() -> None:
     template = "{{ style }}" + tiny_tokenizer().chat_template
     renderer = Renderer(tiny_tokenizer(chat_template=template), chat_template_kwargs={"style": "brief"})
     assert renderer.render(TWO_TURNS, max_length=LONG).turns == 2
@@ -144,14 +148,14 @@ def test_a_rendering_that_is_not_what_transformers_gives_is_refused():
         renderer.render(TWO_TURNS, max_length=LONG)
 
 
-def test_a_second_bos_is_refused():
+def test_a_second_bos_is_refused() -> None:
     template = "{{ bos_token }}{{ bos_token }}" + tiny_tokenizer().chat_template
     renderer = Renderer(tiny_tokenizer(chat_template=template, bos="<|endoftext|>"))
     with pytest.raises(SetAside, match="more than one beginning-of-sequence token"):
         renderer.render(TWO_TURNS, max_length=LONG)
 
 
-def test_a_reply_that_the_tokenizer_cannot_spell_is_refused(renderers):
+def test_a_reply_that_the_tokenizer_cannot_spell_is_refused(renderers: dict[bool, Renderer]) -> None:
     # SmolLM2's vocabulary lacks some bytes, and its tokenizer drops them without a word.
     said = Conversation((Message("user", "hi"), Message("assistant", "a \U00040000 b")))
     with pytest.raises(SetAside, match="cannot spell"):

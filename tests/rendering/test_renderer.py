@@ -5,10 +5,18 @@ Run: pytest tests/rendering/test_renderer.py
 
 import pickle
 from datetime import date
+from typing import Any
 
 import pytest
-from exactness import assert_exact, rendered_ids, spans
-from tiny_tokenizers import (
+from transformers import PreTrainedTokenizerFast
+
+from chatlora.config import Supervise
+from chatlora.errors import ModelError, SetAside
+from chatlora.reading.conversation import Conversation, Message, ToolCall
+from chatlora.rendering.renderer import IGNORE_INDEX, Example, Renderer, render
+from chatlora.rendering.template import resolve_template_kwargs
+from tests.exactness import assert_exact, rendered_ids, spans
+from tests.tiny_tokenizers import (
     CHATML,
     GLM,
     GLM_TOKENS,
@@ -17,13 +25,9 @@ from tiny_tokenizers import (
     QWEN3,
     THINK_TOKENS,
     TOOL_TOKENS,
+    Splitting,
     tiny_tokenizer,
 )
-
-from chatlora.errors import ModelError, SetAside
-from chatlora.reading.conversation import Conversation, Message, ToolCall
-from chatlora.rendering.renderer import IGNORE_INDEX, Example, Renderer, render
-from chatlora.rendering.template import resolve_template_kwargs
 
 SYSTEM = Message("system", "Be brief.")
 USER, ASSISTANT = Message("user", "Where is it?"), Message("assistant", "In the city centre.\n")
@@ -36,11 +40,11 @@ WITH_TOOL = Conversation((USER, CALL, Message("tool", "three found", name="searc
 LONG = 10_000
 
 
-def glm_tokenizer():
+def glm_tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer(chat_template=GLM, control_tokens=GLM_TOKENS, plain_tokens=TOOL_TOKENS, eos="<|endoftext|>")
 
 
-def llama3_tokenizer(splitting):
+def llama3_tokenizer(splitting: Splitting) -> PreTrainedTokenizerFast:
     return tiny_tokenizer(
         chat_template=LLAMA3,
         control_tokens=LLAMA3_TOKENS,
@@ -83,7 +87,9 @@ def replies(renderer: Renderer, example: Example) -> list[str]:
     ],
     ids=["chatml", "qwen-like", "llama3"],
 )
-def test_one_example_holds_the_template_s_ids_and_targets_are_the_replies(tokenizer, conversation):
+def test_one_example_holds_the_template_s_ids_and_targets_are_the_replies(
+    tokenizer: PreTrainedTokenizerFast, conversation: Conversation
+) -> None:
     renderer = Renderer(tokenizer)
     [example] = renderer.render(conversation, max_length=LONG).examples
     assert example.input_ids == rendered_ids(renderer, conversation, len(conversation.messages), prompt=False)
@@ -91,13 +97,13 @@ def test_one_example_holds_the_template_s_ids_and_targets_are_the_replies(tokeni
     assert render(conversation, tokenizer, max_length=LONG) == [example]
 
 
-def test_the_stop_token_is_a_target_also_where_it_is_the_pad_token(chatml):
+def test_the_stop_token_is_a_target_also_where_it_is_the_pad_token(chatml: Renderer) -> None:
     assert chatml.tokenizer.pad_token_id == chatml.tokenizer.eos_token_id
     [example] = chatml.render(MULTI, max_length=LONG).examples
     assert replies(chatml, example) == ["In the city centre.\n<|im_end|>", "不需要，是免费开放。<|im_end|>"]
 
 
-def test_in_the_glm_family_the_next_role_stops_a_reply_and_eos_is_appended_after_the_last(glm):
+def test_in_the_glm_family_the_next_role_stops_a_reply_and_eos_is_appended_after_the_last(glm: Renderer) -> None:
     names = glm.tokenizer.convert_ids_to_tokens(list(glm.stop_ids))
     assert names == ["<|endoftext|>", "<|user|>", "<|observation|>"]
     [example] = glm.render(MULTI, max_length=LONG).examples
@@ -110,7 +116,7 @@ def test_in_the_glm_family_the_next_role_stops_a_reply_and_eos_is_appended_after
     assert answer.endswith("<|endoftext|>")
 
 
-def test_a_template_without_control_tokens_gets_eos_after_each_reply():
+def test_a_template_without_control_tokens_gets_eos_after_each_reply() -> None:
     template = (
         "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -124,14 +130,14 @@ def test_a_template_without_control_tokens_gets_eos_after_each_reply():
     assert_exact(renderer, MULTI, rendered.examples)
 
 
-def test_stop_tokens_come_from_the_generation_config_too_and_from_the_template():
+def test_stop_tokens_come_from_the_generation_config_too_and_from_the_template() -> None:
     tokenizer = tiny_tokenizer(eos="<|endoftext|>")  # as base models have it
     names = tokenizer.convert_tokens_to_ids
     assert Renderer(tokenizer).stop_ids == (names("<|endoftext|>"), names("<|im_end|>"))
     assert Renderer(tokenizer, generation_stop_ids=[7]).stop_ids == (names("<|endoftext|>"), 7, names("<|im_end|>"))
 
 
-def test_a_template_that_changes_earlier_replies_gives_one_example_a_turn():
+def test_a_template_that_changes_earlier_replies_gives_one_example_a_turn() -> None:
     tokenizer = tiny_tokenizer(chat_template=QWEN3, plain_tokens=THINK_TOKENS)
     renderer = Renderer(tokenizer)
     thinking = Conversation(
@@ -160,7 +166,7 @@ def test_a_template_that_changes_earlier_replies_gives_one_example_a_turn():
     assert render(MULTI, tokenizer, max_length=LONG) == list(rendered.examples)
 
 
-def test_where_a_token_straddles_the_boundary_the_prompt_s_ids_win():
+def test_where_a_token_straddles_the_boundary_the_prompt_s_ids_win() -> None:
     # Under GPT-2's pattern "\n\n" alone is one token, and two before a word.
     tokenizer = llama3_tokenizer("gpt2")
     renderer = Renderer(tokenizer)
@@ -178,7 +184,7 @@ def test_where_a_token_straddles_the_boundary_the_prompt_s_ids_win():
         renderer.prove(naive, SINGLE, renderer.turns(SINGLE))
 
 
-def test_the_date_that_a_template_sees_is_fixed():
+def test_the_date_that_a_template_sees_is_fixed() -> None:
     template = "{{ strftime_now('%d %B %Y') }}" + CHATML
     christmas = Renderer(tiny_tokenizer(chat_template=template), chat_template_date=date(2024, 12, 25))
     [example] = christmas.render(SINGLE, max_length=LONG).examples
@@ -189,8 +195,8 @@ def test_the_date_that_a_template_sees_is_fixed():
 # ---- what is supervised
 
 
-def test_supervise_and_loss_choose_the_turns(chatml):
-    def learned(conversation, supervise):
+def test_supervise_and_loss_choose_the_turns(chatml: Renderer) -> None:
+    def learned(conversation: Conversation, supervise: Supervise) -> list[str]:
         [example] = chatml.render(conversation, max_length=LONG, supervise=supervise).examples
         return replies(chatml, example)
 
@@ -205,7 +211,7 @@ def test_supervise_and_loss_choose_the_turns(chatml):
             chatml.render(conversation, max_length=LONG)
 
 
-def test_a_first_message_of_the_assistant_is_refused_unless_it_is_no_target(chatml):
+def test_a_first_message_of_the_assistant_is_refused_unless_it_is_no_target(chatml: Renderer) -> None:
     with pytest.raises(SetAside, match="comes first"):
         chatml.render(Conversation((ASSISTANT, USER, ASSISTANT_2)), max_length=LONG)
     greeting = Message("assistant", "Hello!", loss=False)
@@ -223,15 +229,17 @@ def test_a_first_message_of_the_assistant_is_refused_unless_it_is_no_target(chat
         (Conversation((Message("user", "search"), ASSISTANT), (TOOL,)), "the chat template drops the tools on offer"),
     ],
 )
-def test_what_the_template_drops_is_found_out(chatml, conversation, reason):
+def test_what_the_template_drops_is_found_out(chatml: Renderer, conversation: Conversation, reason: str) -> None:
     for attempt in (chatml.render, chatml.render_for_evaluation):
-        limits = {"max_length": LONG} if attempt == chatml.render else {"max_prompt_length": LONG, "max_new_tokens": 9}
+        limits: dict[str, Any] = {"max_prompt_length": LONG, "max_new_tokens": 9}
+        if attempt == chatml.render:
+            limits = {"max_length": LONG}
         with pytest.raises(SetAside) as refused:
             attempt(conversation, **limits)
         assert refused.value.reason == reason
 
 
-def test_a_dropped_tool_answer_is_found_out():
+def test_a_dropped_tool_answer_is_found_out() -> None:
     template = CHATML.replace(
         "{{ '<|im_start|>' + message", "{% if message['role'] != 'tool' %}{{ '<|im_start|>' + message", 1
     )
@@ -241,7 +249,7 @@ def test_a_dropped_tool_answer_is_found_out():
         Renderer(tiny_tokenizer(chat_template=template)).render(conversation, max_length=LONG)
 
 
-def test_a_reply_that_does_not_continue_its_prompt_is_refused_with_what_was_tried():
+def test_a_reply_that_does_not_continue_its_prompt_is_refused_with_what_was_tried() -> None:
     opens_thought = QWEN3.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\nHm' }}")
     renderer = Renderer(tiny_tokenizer(chat_template=opens_thought, plain_tokens=THINK_TOKENS))
     with pytest.raises(SetAside, match="does not continue its generation prompt") as refused:
@@ -253,14 +261,14 @@ def test_a_reply_that_does_not_continue_its_prompt_is_refused_with_what_was_trie
 # ---- the renderer itself
 
 
-def test_enable_thinking_is_false_where_no_row_reasons_and_the_template_knows_it():
+def test_enable_thinking_is_false_where_no_row_reasons_and_the_template_knows_it() -> None:
     assert resolve_template_kwargs(QWEN3, {}, any_reasoning=False) == {"enable_thinking": False}
     assert resolve_template_kwargs(QWEN3, {}, any_reasoning=True) == {}
     assert resolve_template_kwargs(QWEN3, {"enable_thinking": True}, any_reasoning=False) == {"enable_thinking": True}
     assert resolve_template_kwargs(CHATML, {"style": "x"}, any_reasoning=False) == {"style": "x"}
 
 
-def test_without_a_template_the_error_names_the_setting():
+def test_without_a_template_the_error_names_the_setting() -> None:
     tokenizer = tiny_tokenizer(chat_template=None)
     with pytest.raises(ModelError, match=r"model\.chat_template"):
         Renderer(tokenizer)
@@ -269,14 +277,14 @@ def test_without_a_template_the_error_names_the_setting():
         Renderer(tokenizer, chat_template="{# a comment #}\n{% for %}")
 
 
-def test_a_template_cannot_leave_its_sandbox():
+def test_a_template_cannot_leave_its_sandbox() -> None:
     with pytest.raises(SetAside, match="raises an error"):
         Renderer(tiny_tokenizer(chat_template="{{ messages.__class__.__mro__ }}" + CHATML)).render(
             SINGLE, max_length=LONG
         )
 
 
-def test_the_fingerprint_tells_what_would_change_ids():
+def test_the_fingerprint_tells_what_would_change_ids() -> None:
     tokenizer, day = tiny_tokenizer(), date(2025, 1, 1)
     prints = {
         Renderer(tokenizer, chat_template_date=day).fingerprint,
@@ -292,7 +300,7 @@ def test_the_fingerprint_tells_what_would_change_ids():
     assert len(prints.union(renderer.fingerprint for renderer in others)) == 5
 
 
-def test_a_renderer_travels_to_other_processes(chatml):
+def test_a_renderer_travels_to_other_processes(chatml: Renderer) -> None:
     expected = chatml.render(MULTI, max_length=LONG)
     travelled = pickle.loads(pickle.dumps(chatml))
     assert travelled.render(MULTI, max_length=LONG) == expected

@@ -1,139 +1,155 @@
-"""Where a turn starts and stops: training, evaluation and the generation_config.json beside the adapter agree."""
+"""Where sequences begin and replies end: training, evaluation and the adapter's own files agree, whatever the model."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pytest
-import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 import evaluate
-from chatlora.config import ModelConfig
-from chatlora.evaluation.generation import all_stop_ids
-from chatlora.model.adapter_folder import save_generation_config
-from chatlora.model.loading import generation_stop_ids, load_tokenizer, renderer_for
-from chatlora.reading.conversation import Conversation, Message
-from chatlora.rendering.examples import IGNORE_INDEX
+import train
+from chatlora import parse_row
+from chatlora.rendering.examples import IGNORE_INDEX, Example
+from chatlora.rendering.renderer import Renderer
+from tests.runs import noted
 from tests.tiny_models import tiny_llama
 from tests.tiny_tokenizers import CHATML, GLM, GLM_TOKENS, LLAMA3, LLAMA3_TOKENS, tiny_tokenizer
 
-TURNS = Conversation(
-    messages=(
-        Message("user", "Where is Oslo?"),
-        Message("assistant", "In Norway."),
-        Message("user", "And Rome?"),
-        Message("assistant", "In Italy."),
+ROWS: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}] * (1 + n % 2)}
+    for n in range(12)
+]
+
+
+def adding_bos() -> PreTrainedTokenizerFast:
+    """A tokenizer that puts BOS in front of all that it encodes, as Llama's do, whose template does so too."""
+    tokenizer = tiny_tokenizer(
+        chat_template=LLAMA3, control_tokens=LLAMA3_TOKENS, eos="<|eot_id|>", bos="<|begin_of_text|>"
     )
-)
-
-
-def checkpoint(folder: Path, tokenizer: PreTrainedTokenizerFast, **generation: object) -> ModelConfig:
-    model = tiny_llama(len(tokenizer))
-    model.save_pretrained(folder)
-    settings = json.dumps({"_from_model_config": False, "transformers_version": "5.23.0", **generation})
-    (folder / "generation_config.json").write_text(settings)  # as published ones are: not all of them are valid
-    tokenizer.save_pretrained(folder)
-    return ModelConfig(name_or_path=str(folder))
-
-
-def id_of(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
-    found = tokenizer.convert_tokens_to_ids(token)
-    assert isinstance(found, int)
-    return found
-
-
-def agree(model: ModelConfig, folder: Path) -> tuple[tuple[int, ...], list[int]]:
-    """The stop tokens of all three, which are the same; and the targets of TURNS."""
-    tokenizer = load_tokenizer(model)
-    renderer = renderer_for(tokenizer, model, any_reasoning=False)
-    base = AutoModelForCausalLM.from_pretrained(model.name_or_path)
-    save_generation_config(base, renderer.stop_ids, folder)
-    beside = GenerationConfig.from_pretrained(folder).eos_token_id
-    assert sorted(beside) == sorted(renderer.stop_ids) == all_stop_ids(base, tokenizer, renderer.stop_ids)
-    assert set(generation_stop_ids(model)) <= set(renderer.stop_ids)
-    (example,) = renderer.render(TURNS, max_length=512).examples
-    return renderer.stop_ids, [label for label in example.labels if label != IGNORE_INDEX]
-
-
-def test_a_tokenizer_that_adds_bos_by_itself_adds_it_once(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer(chat_template=LLAMA3, control_tokens=LLAMA3_TOKENS, eos="<|eot_id|>", splitting="llama3")
-    bos = id_of(tokenizer, "<|begin_of_text|>")
-    tokenizer.bos_token = "<|begin_of_text|>"
+    bos = "<|begin_of_text|>"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", bos)]
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]
     )
-    model = checkpoint(tmp_path, tokenizer)
-    loaded = load_tokenizer(model)
-    assert loaded("hello").input_ids[0] == bos  # it does
-    renderer = renderer_for(loaded, model, any_reasoning=False)
-    (example,) = renderer.render(TURNS, max_length=512).examples
-    evaluated = renderer.render_for_evaluation(TURNS, max_prompt_length=512, max_new_tokens=64).examples
-    served = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
-        [{"role": message.role, "content": message.content} for message in TURNS.messages[:3]],
-        add_generation_prompt=True,
-    )["input_ids"]
-    assert evaluated[-1].input_ids == served == example.input_ids[: len(served)]
-    assert example.input_ids.count(bos) == served.count(bos) == 1
+    assert tokenizer("x").input_ids[0] == tokenizer.bos_token_id
+    return tokenizer
 
 
-@pytest.mark.parametrize("generation", [{}, {"eos_token_id": 0}, {"eos_token_id": [0, 1]}])
-def test_generation_config_and_tokenizer_that_name_different_ends(
-    tmp_path: Path, generation: dict[str, object]
-) -> None:
-    tokenizer = tiny_tokenizer(eos="<|endoftext|>")  # a base model's: the template's end of turn is another
-    end = id_of(tokenizer, "<|im_end|>")
-    stops, targets = agree(checkpoint(tmp_path / "model", tokenizer, **generation), tmp_path)
-    assert end in stops
-    assert id_of(tokenizer, "<|endoftext|>") in stops
-    assert targets.count(end) == 2
+class Case(NamedTuple):
+    tokenizer: Callable[[], PreTrainedTokenizerFast]
+    must_stop: list[str]
+    eos: Sequence[str] = ()  # in the model's generation config
+    settings: Mapping[str, object] = MappingProxyType({})  # in the same file
+    template: str | None = None  # by file
 
 
-def test_a_stop_token_that_is_the_pad_token_is_a_target(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer(eos="<|im_end|>", pad="<|im_end|>")
-    end = id_of(tokenizer, "<|im_end|>")
-    stops, targets = agree(checkpoint(tmp_path / "model", tokenizer, pad_token_id=end), tmp_path)
-    assert end in stops
-    assert targets.count(end) == 2
+CASES = {
+    "the stop token is the pad token": Case(tiny_tokenizer, ["<|im_end|>"]),
+    "the stop token is not the eos": Case(lambda: tiny_tokenizer(eos="<|endoftext|>"), ["<|endoftext|>", "<|im_end|>"]),
+    "the stop token belongs to the next message": Case(
+        lambda: tiny_tokenizer(chat_template=GLM, control_tokens=GLM_TOKENS, eos="<|endoftext|>"),
+        ["<|endoftext|>", "<|user|>", "<|observation|>"],
+        eos=["<|endoftext|>", "<|user|>"],
+    ),
+    "the generation config names others": Case(
+        lambda: tiny_tokenizer(control_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eom|>"]),
+        ["<|im_end|>", "<|eom|>"],
+        eos=["<|eom|>", "<|im_end|>"],
+    ),
+    "the generation config names one other": Case(tiny_tokenizer, ["<|im_end|>", "<|endoftext|>"], ["<|endoftext|>"]),
+    "its settings contradict each other": Case(
+        tiny_tokenizer, ["<|im_end|>"], settings={"do_sample": False, "temperature": 0.6, "top_p": 0.9}
+    ),
+    "a base model with a template by file": Case(
+        lambda: tiny_tokenizer(chat_template=None, eos="<|endoftext|>"),
+        ["<|endoftext|>", "<|im_end|>"],
+        eos=["<|endoftext|>"],
+        template=CHATML,
+    ),
+    "the tokenizer adds a beginning by itself": Case(adding_bos, ["<|eot_id|>"]),
+    "it does, and the template does not": Case(
+        adding_bos, ["<|eot_id|>"], template=LLAMA3.replace("{{ bos_token }}", "")
+    ),
+}
 
 
-def test_a_stop_token_that_belongs_to_the_next_message(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer(chat_template=GLM, control_tokens=GLM_TOKENS, eos="<|endoftext|>")
-    user, end = id_of(tokenizer, "<|user|>"), id_of(tokenizer, "<|endoftext|>")
-    stops, targets = agree(checkpoint(tmp_path / "model", tokenizer, eos_token_id=[end, user]), tmp_path)
-    assert {user, end} <= set(stops)
-    assert targets.count(user) >= 1
-    assert targets[-1] in stops
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_training_evaluation_and_the_adapter_agree(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHATLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    tokenizer = case.tokenizer()
+    flags = make_model(tokenizer, case)
+    examples = train_and_fetch(monkeypatch, flags)
+    stop_ids = set(tokenizer.convert_tokens_to_ids(case.must_stop))
+
+    assert set(GenerationConfig.from_pretrained("run/adapter").eos_token_id) == stop_ids
+    evaluate.main(["run", "--data", "rows.jsonl", "--max_new_tokens", "3"])
+    scores = json.loads(Path("run/eval/rows/scores.json").read_text())
+    assert set(scores["decoding"]["stop_ids"]) == stop_ids
+
+    served = AutoTokenizer.from_pretrained("run/adapter")
+    if case.template is not None:
+        assert served.chat_template == case.template
+    evaluating = Renderer(served, generation_stop_ids=sorted(stop_ids))
+    first_of_its_row = {place: example for example, place in reversed(examples)}
+    for place, example in first_of_its_row.items():
+        row = ROWS[int(place.rpartition(":")[2]) - 1]
+        # What a server sends to the model, with the files beside the adapter only.
+        sent = list(served.apply_chat_template(row["messages"][:1], add_generation_prompt=True, return_dict=False))
+        assert prompt_of(example) == sent
+        asked = evaluating.render_for_evaluation(parse_row(row), max_prompt_length=256, max_new_tokens=3).examples
+        assert sent in [each.input_ids for each in asked]
+        assert sent.count(tokenizer.bos_token_id) == ("bos_token" in served.chat_template)
+    for example, _ in examples:
+        assert set(ends_of(example)) <= stop_ids
+        assert ends_of(example)
 
 
-def test_settings_that_contradict_each_other_do_not_cost_the_adapter(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer(eos="<|im_end|>")
-    contradiction = {"do_sample": False, "temperature": 0.6, "top_p": 0.9}
-    model = checkpoint(tmp_path / "model", tokenizer, **contradiction)
-    base = AutoModelForCausalLM.from_pretrained(model.name_or_path)
-    base.generation_config.eos_token_id = [1, 2]
-    with pytest.raises(ValueError, match="Fix these issues to save the configuration"):
-        base.generation_config.save_pretrained(tmp_path)
-    stops, _ = agree(model, tmp_path)
-    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == list(stops)
+def prompt_of(example: Example) -> list[int]:
+    return example.input_ids[: next(i for i, label in enumerate(example.labels) if label != IGNORE_INDEX)]
 
 
-def test_a_base_model_with_a_template_by_file_stops_and_serves_as_it_was_trained(
-    run: Callable[..., Path], world: Path, tmp_path: Path
-) -> None:
-    """Through the scripts: training, evaluation, and the files beside the adapter."""
-    tokenizer = tiny_tokenizer(chat_template=None, eos="<|endoftext|>")
-    model = checkpoint(tmp_path / "base", tokenizer, eos_token_id=id_of(tokenizer, "<|endoftext|>"))
-    (tmp_path / "template.jinja").write_text(CHATML)
-    folder = run(
-        *("--model.name_or_path", model.name_or_path, "--model.chat_template", str(tmp_path / "template.jinja")),
-        *("--data.test", str(world / "rows.jsonl"), "--optim.max_steps", "2", "--evaluation.max_new_tokens", "2"),
-    )
-    ends = {id_of(tokenizer, "<|endoftext|>"), id_of(tokenizer, "<|im_end|>")}
-    assert set(GenerationConfig.from_pretrained(folder / "adapter").eos_token_id) == ends
-    assert AutoTokenizer.from_pretrained(folder / "adapter").chat_template == CHATML
-    torch.set_num_threads(1)
-    evaluate.main([str(folder)])
-    scores = json.loads((folder / "eval" / "test" / "scores.json").read_text())
-    assert set(scores["decoding"]["stop_ids"]) == ends
+def ends_of(example: Example) -> list[int]:
+    """The last target of each reply."""
+    following: Sequence[int] = [*example.labels[1:], IGNORE_INDEX]
+    pairs = zip(example.labels, following, strict=True)
+    return [label for label, after in pairs if label != IGNORE_INDEX and after == IGNORE_INDEX]
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, case: Case) -> list[str]:
+    """`./model` and `./rows.jsonl`; the flags to train on them."""
+    tokenizer.save_pretrained("model")
+    tiny_llama(len(tokenizer)).save_pretrained("model")
+    ids = tokenizer.convert_tokens_to_ids(list(case.eos))
+    settings = {**case.settings, "eos_token_id": ids[0] if len(ids) == 1 else ids or None}
+    # By hand: published ones are not all valid.
+    Path("model/generation_config.json").write_text(json.dumps({"_from_model_config": False, **settings}))
+    if case.settings:
+        loaded = AutoModelForCausalLM.from_pretrained("model").generation_config
+        loaded.eos_token_id = [1, 2]
+        with pytest.raises(ValueError, match="Fix these issues to save the configuration"):
+            loaded.save_pretrained("again")
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    flags = ["--model.name_or_path", "model", "--data.train", "rows.jsonl", "--optim.max_steps", "2"]
+    flags += ["--optim.global_batch_size", "4", "--data.max_length", "256", "--run.output_dir", "run"]
+    if case.template is None:
+        return [*flags, "--model.chat_template", "null"]
+    Path("chat.jinja").write_text(case.template)
+    return [*flags, "--model.chat_template", "chat.jinja"]
+
+
+def train_and_fetch(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> list[tuple[Example, str]]:
+    """Train in this process; the examples that were trained on, each with its row's place."""
+    from chatlora.training import setup
+
+    kept: list[Any] = []
+    load_data = setup.load_data
+    monkeypatch.setattr(setup, "load_data", lambda *given: noted(kept, load_data(*given)))
+    Path("my.yaml").write_text("lora: {rank: 2}\nrun: {precision: fp32, cpu_threads: 1}\n")
+    train.main(["my.yaml", *flags])
+    train_set = kept[0][-1].train
+    everything = range(len(train_set))
+    return list(zip(train_set.fetch(everything), train_set.places(everything), strict=True))

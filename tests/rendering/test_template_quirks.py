@@ -4,6 +4,7 @@ that is wrong in a usual way is taken for right.
 Run: pytest tests/rendering/test_template_quirks.py
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -260,7 +261,7 @@ def test_each_habit_gives_the_targets_that_the_model_must_generate(name: str) ->
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
 @pytest.mark.parametrize("name", QUIRKS)
-def test_each_habit_s_broken_masks_are_refused(name: str, broken) -> None:
+def test_each_habit_s_broken_masks_are_refused(name: str, broken: Callable[[Example], list[int]]) -> None:
     renderer, conversation, found = rendered(name)
     for example, turns in zip(found.examples, turns_of(renderer, conversation, found), strict=True):
         renderer.prove(example, conversation, turns)

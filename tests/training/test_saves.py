@@ -239,8 +239,8 @@ def test_random_kills_during_saves(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_two_hundred_random_kills_during_saves(tmp_path: Path) -> None:
-    print(f"\n200 of {random_kills(tmp_path, 200, seed=1)} processes were killed within a save")
+def test_two_hundred_random_kills_during_saves(tmp_path: Path, count: Callable[[str], None]) -> None:
+    count(f"200 of {random_kills(tmp_path, 200, seed=1)} processes were killed within a save")
 
 
 # ---- a full disk

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-import evaluate
 import train
 from chatlora.data.held_out import HELD_OUT
 from chatlora.errors import ConfigError, DataError
 from chatlora.run_directory import RunDirectory, read_status
 from chatlora.run_log import VALIDATION, read_log
+from chatlora.scripts import load_script
 from tests.fork_server import At, ForkServer
+from tests.runs import noted
+
+evaluate = load_script("evaluate")  # as train.main has it
 
 Run = Callable[..., Path]
 SHORT = ("--optim.max_steps", "1", "--evaluation.max_new_tokens", "1")
@@ -48,7 +51,7 @@ def test_rows_held_out_are_never_trained_on_and_are_what_is_evaluated(
     run: Run, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop, seen = train.train, []
-    monkeypatch.setattr(train, "train", lambda *given: (seen.append(given), loop(*given)))
+    monkeypatch.setattr(train, "train", lambda *given: loop(*noted(seen, given)))
     folder = run(*SHARES)
     (*_, loader, validation) = seen[0]
     trained, validated = (
@@ -69,7 +72,7 @@ def test_a_test_share_is_evaluated_after_training_once(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generate, passes = evaluate.generate, []
-    monkeypatch.setattr(evaluate, "generate", lambda *given: (passes.append(1), generate(*given)))
+    monkeypatch.setattr(evaluate, "generate", lambda *given: generate(*noted(passes, given)))
     for _ in range(2):  # trained, then found finished
         folder = run(*SHARES, "--evaluation.after_training", "true")
         assert "rouge-l" in capsys.readouterr().out

@@ -1,17 +1,14 @@
 """Every file of accelerate_configs/, unchanged, through the real launcher: the engine that it names, the same run."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from chatlora.run_log import read_log
 from tests.fork_server import ForkServer
+from tests.launched import REPOSITORY, launched
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 FLAGS = ["--lora.dropout", "0", "--optim.max_steps", "2", "--evaluation.after_training", "true"]
 FLAGS += ["--evaluation.max_new_tokens", "4"]
 FAST = {"zero3": ("zero3", 2), "fsdp2": ("fsdp2", 2)}
@@ -39,15 +36,14 @@ def alone(server: ForkServer, world: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def launch(world: Path, alone: Path, cwd: Path, config: str, engine: str, processes: int) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(REPOSITORY / "accelerate_configs" / f"{config}.yaml")]
-    if processes > 1:
-        command += ["--num_processes", str(processes), "--main_process_port", "0"]
-    command += ["--num_machines", "1"] if config == "multi_node" else []
-    command += [str(REPOSITORY / "train.py"), str(world / "my.yaml"), "--run.output_dir", "run"]
-    command += ["--data.test", str(world / "rows.jsonl"), *FLAGS]
-    variables = {**os.environ, "CHATLORA_CACHE": str(world / "cache"), "OMP_NUM_THREADS": "1"}
-    told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=variables, cwd=cwd)
+    argv = [str(world / "my.yaml"), "--run.output_dir", "run", "--data.test", str(world / "rows.jsonl"), *FLAGS]
+    told = launched(
+        *("train", argv, cwd),
+        config=config,
+        processes=processes,
+        words=["--num_machines", "1"] if config == "multi_node" else [],
+        environment={"CHATLORA_CACHE": str(world / "cache")},
+    )
     assert told.returncode == 0, told.stderr[-4000:]
     assert f"{processes} process(es), {engine} on " in told.stderr
     ran = json.loads((cwd / "run" / "environment.json").read_text())

@@ -19,6 +19,8 @@ from tests.engine_runs import environment_of
 from tests.fork_server import At, ForkServer
 from tests.runs import SEED_DRAWS, STEP, STEPS, WRITE, Whole, differences, newest
 
+Count = Callable[[str], None]
+
 
 def reached(folder: Path) -> str:
     """How far a killed run had come."""
@@ -83,20 +85,26 @@ def test_killed_at_random_moments_a_run_ends_the_same(
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("ranks", "runs"), [(1, 300), (2, 30)])
 def test_killed_at_random_moments_three_hundred_runs_end_the_same(
-    server: ForkServer, argv: list[str], whole: Callable[..., Whole], tmp_path: Path, ranks: int, runs: int
+    server: ForkServer,
+    argv: list[str],
+    whole: Callable[..., Whole],
+    tmp_path: Path,
+    ranks: int,
+    runs: int,
+    count: Count,
 ) -> None:
     fell = random_kills(server, argv, tmp_path, whole(ranks), runs=runs, ranks=ranks, seed=100 + ranks)
-    print(f"\n{runs} runs of {ranks} process(es), {fell.total()} kills: {dict(fell)}")
+    count(f"{runs} runs of {ranks} process(es), {fell.total()} kills: {dict(fell)}")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("config", ["zero2", "zero3", "fsdp2"])
 def test_killed_at_random_moments_under_every_engine_a_run_ends_the_same(
-    server: ForkServer, argv: list[str], whole: Callable[..., Whole], tmp_path: Path, config: str
+    server: ForkServer, argv: list[str], whole: Callable[..., Whole], tmp_path: Path, config: str, count: Count
 ) -> None:
     fell = random_kills(server, argv, tmp_path, whole(2, config), runs=10, ranks=2, seed=200, config=config)
-    print(f"\n10 runs under {config}, {fell.total()} kills: {dict(fell)}")
+    count(f"10 runs under {config}, {fell.total()} kills: {dict(fell)}")
 
 
 @pytest.mark.parametrize(
@@ -121,11 +129,9 @@ def test_killed_at_a_chosen_moment_a_run_ends_the_same(
 def test_where_one_process_of_two_is_killed_the_other_ends_and_both_go_on(
     server: ForkServer, argv: list[str], whole: Callable[..., Whole], tmp_path: Path
 ) -> None:
-    began = time.monotonic()
     statuses = server.run(argv, tmp_path, ranks=2, at=At("SIGKILL", STEP, 6, rank=1))
     assert statuses[1] == -signal.SIGKILL
     assert statuses[0] not in (0, 2, 75)
-    assert time.monotonic() - began < 60
     assert read_status(tmp_path / "run")["state"] == "failed"
     assert server.run(argv, tmp_path, ranks=2) == [0, 0]
     assert differences(tmp_path / "run", whole(2).outcome) == []

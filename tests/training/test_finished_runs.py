@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ from chatlora.config_files import config_from_file
 from chatlora.errors import ConfigError, DataError
 from chatlora.run_directory import read_status
 from chatlora.scripts import load_script
+from tests.runs import noted
 
 evaluate = load_script("evaluate")  # as train.main has it
 Run = Callable[..., Path]
@@ -144,8 +146,9 @@ def test_scores_are_made_once_and_anew_for_what_is_new(
 ) -> None:
     own_rows(world, "test.jsonl", 4)
     flags = (*SHORT, "--evaluation.after_training", "true", "--data.test", "test.jsonl", "--evaluation.max_new_tokens")
-    generate, passes = evaluate.generate, []
-    monkeypatch.setattr(evaluate, "generate", lambda *given: (passes.append(1), generate(*given)))
+    passes: list[Any] = []
+    generate = evaluate.generate
+    monkeypatch.setattr(evaluate, "generate", lambda *given: generate(*noted(passes, given)))
     folder = run(*flags, "2")
     assert len(passes) == 2, "base and adapter"
     capsys.readouterr()

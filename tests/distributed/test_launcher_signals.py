@@ -12,7 +12,7 @@ import pytest
 
 from chatlora.run_directory import read_status
 from chatlora.run_log import LOG, read_log
-from tests.fork_server import REPOSITORY
+from tests.launched import REPOSITORY, launch_command
 from tests.runs import is_alive, saved, wait_until
 
 
@@ -30,7 +30,7 @@ def started(command: list[str], folder: Path, cache: Path) -> Iterator[subproces
         )
     family: list[int] = []
     try:
-        wait_until(lambda: has_begun(folder) or process.poll() is not None, 200)
+        wait_until(lambda: has_begun(folder) or process.poll() is not None)
         assert process.poll() is None, (folder / "log").read_text()
         family += children_of(process.pid)
         yield process
@@ -40,12 +40,6 @@ def started(command: list[str], folder: Path, cache: Path) -> Iterator[subproces
         for pid in family:
             if is_alive(pid) and Path(f"/proc/{pid}/cwd").resolve() == folder.resolve():
                 os.kill(pid, signal.SIGKILL)
-
-
-def launched(config: str, processes: int, *arguments: str) -> list[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command += [str(REPOSITORY / "accelerate_configs" / config), "--num_processes", str(processes)]
-    return [*command, "--main_process_port", "0", str(REPOSITORY / "train.py"), *arguments]
 
 
 LONG = ("--optim.epochs", "2000")
@@ -68,25 +62,25 @@ def children_of(pid: int) -> list[int]:
 @pytest.mark.parametrize(
     ("config", "processes", "name"),
     [
-        ("cpu.yaml", 1, "SIGTERM"),
-        ("cpu.yaml", 1, "SIGINT"),
-        ("cpu.yaml", 1, "SIGUSR1"),
-        ("cpu.yaml", 1, "SIGKILL"),
-        ("multi_gpu.yaml", 2, "SIGTERM"),
-        ("multi_gpu.yaml", 2, "SIGINT"),
-        ("multi_gpu.yaml", 2, "SIGUSR1"),
-        ("multi_gpu.yaml", 2, "SIGKILL"),
+        ("cpu", 1, "SIGTERM"),
+        ("cpu", 1, "SIGINT"),
+        ("cpu", 1, "SIGUSR1"),
+        ("cpu", 1, "SIGKILL"),
+        ("multi_gpu", 2, "SIGTERM"),
+        ("multi_gpu", 2, "SIGINT"),
+        ("multi_gpu", 2, "SIGUSR1"),
+        ("multi_gpu", 2, "SIGKILL"),
     ],
 )
 def test_a_signal_to_the_launcher_alone_stops_the_run(
     world: Path, argv: list[str], tmp_path: Path, config: str, processes: int, name: str
 ) -> None:
     """One process: the launcher passes nothing on. SIGUSR1 and SIGKILL: no launcher passes them on. It dies of them."""
-    with started(launched(config, processes, *argv, *LONG), tmp_path, world / "cache") as launcher:
+    with started(launch_command("train.py", [*argv, *LONG], config, processes), tmp_path, world / "cache") as launcher:
         workers = children_of(launcher.pid)
         assert len(workers) >= processes
         launcher.send_signal(getattr(signal, name))
-        assert launcher.wait(timeout=60) != 0
+        assert launcher.wait() != 0
         wait_until(lambda: is_over(tmp_path))
         status = read_status(tmp_path / "run")
         assert status["state"] == "stopped"
@@ -189,5 +183,5 @@ def test_processes_that_render_end_with_their_parent(tmp_path: Path, name: str) 
         process.kill()
     else:
         os.killpg(process.pid, getattr(signal, name))
-    assert process.wait(timeout=30) == (-signal.SIGKILL if name == "SIGKILL" else 75), (tmp_path / "log").read_text()
+    assert process.wait() == (-signal.SIGKILL if name == "SIGKILL" else 75), (tmp_path / "log").read_text()
     wait_until(lambda: not any(is_alive(pid) for pid in workers))
