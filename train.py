@@ -1,7 +1,7 @@
 """Train a LoRA adapter: `accelerate launch train.py [PRESET | FILE.yaml] [--section.field VALUE ...]`.
 
-`train` is the whole loop, `validate` the loss on held-out rows, `restore` how a run goes on; `main` shows data, model,
-loader, training and export in the order in which they happen.
+`train` is the whole loop, `validate` the loss on held-out rows, `restore` how a run goes on; `make_adapter` shows data,
+model, loader, training and export in the order in which they happen.
 """
 
 from __future__ import annotations
@@ -145,31 +145,37 @@ def main(argv: Sequence[str]) -> None:
         loaded = load_config(argv, default="demo")
         refuse_missing_files(loaded.config)
 
-        from chatlora.distributed.memory import out_of_memory_told
         from chatlora.distributed.runtime import start
         from chatlora.training import setup
-        from chatlora.training.export import export_adapter
 
         runtime = start(loaded.config, signals)
         config, run, finished = setup.open_run(loaded, runtime)
         if finished:
             print(f"{run.path} is finished: {run.summary()}")
         else:
-            with run.reporting():
-                setup.say_what_runs(runtime, run)
-                config, tokenizer, renderer, data = setup.load_data(config, runtime, run.say)
-                adapted, padded = setup.load_model(config, runtime, tokenizer, data, run.say)
-                loader, validation = setup.loaders(config, runtime, data, padded)
-                setup.describe_run(config, runtime, run, adapted, renderer, data, loader)
-                model, optimizer = setup.prepare_for_engine(config, runtime, adapted, packed=not padded)
-                too_large = out_of_memory_told(setup.does_not_fit(config, loader.token_budget))
-                with too_large, signals.noted(run.finishing, run.say):
-                    train(config, runtime, run, model, optimizer, loader, validation)
-                export_adapter(config, runtime, run, model, optimizer, adapted, tokenizer, renderer)
-            runtime.free()
+            make_adapter(config, runtime, run)
         if config.evaluation.after_training and setup.has_test_rows(config, runtime, run):
             evaluate = load_script("evaluate")
             evaluate.main([str(run.path), "--compare", "base"], runtime, again=not finished)
+
+
+def make_adapter(config: Config, runtime: Runtime, run: RunDirectory) -> None:
+    """Data, model, loader, training, export."""
+    from chatlora.distributed.memory import out_of_memory_told
+    from chatlora.training import setup
+    from chatlora.training.export import export_adapter
+
+    with run.reporting():
+        setup.say_what_runs(runtime, run)
+        config, tokenizer, renderer, data = setup.load_data(config, runtime, run.say)
+        adapted, padded = setup.load_model(config, runtime, tokenizer, data, run.say)
+        loader, validation = setup.loaders(config, runtime, data, padded)
+        setup.describe_run(config, runtime, run, adapted, renderer, data, loader)
+        model, optimizer = setup.prepare_for_engine(config, runtime, adapted, packed=not padded)
+        with out_of_memory_told(setup.does_not_fit(config, loader)), runtime.signals.noted(run.finishing, run.say):
+            train(config, runtime, run, model, optimizer, loader, validation)
+        export_adapter(config, runtime, run, model, optimizer, adapted, tokenizer, renderer)
+    runtime.free()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,12 @@ Rows = Iterator[tuple[Row | BadRow, str]]
 def read_jsonl(path: Path, name: str) -> Rows:
     """One JSON object a line; places are `name:line`. A byte-order mark and blank lines are no rows and no mistake."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(UTF8_BOM)
-                misnamed = _misnamed(line)
-                if misnamed is not None:
-                    yield misnamed, f"{name}:1"
-                    return
+        first = file.readline().removeprefix(UTF8_BOM)
+        misnamed = _misnamed(first)
+        if misnamed is not None:
+            yield misnamed, f"{name}:1"
+            return
+        for number, line in enumerate(chain([first], file), start=1):
             if line.strip():
                 yield _parse_line(line), f"{name}:{number}"
 

@@ -10,6 +10,7 @@ of an optimizer, since that can be read under every engine.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product, starmap
 
 import torch
 from peft import PeftModel
@@ -112,11 +113,9 @@ def certify(config: Config, runtime: Runtime, say: Say) -> Certificate:
 
 def ways(loader: Loader, longest: int) -> Iterator[Way]:
     """Every way at hand: a smaller and the configured budget, both layouts if both are right, one and all processes."""
-    for num_processes in sorted({1, loader.num_processes}):
-        for token_budget in sorted({longest, loader.token_budget}):
-            for padded in (True,) if loader.padded else (False, True):
-                for checkpointing in (False, True):
-                    yield Way(num_processes, token_budget, padded, checkpointing)
+    processes, budgets = sorted({1, loader.num_processes}), sorted({longest, loader.token_budget})
+    layouts = (True,) if loader.padded else (False, True)
+    return starmap(Way, product(processes, budgets, layouts, (False, True)))
 
 
 def plainly(adapted: PeftModel, runtime: Runtime, examples: ExampleSet, batch: Batch) -> Computed:

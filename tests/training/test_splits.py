@@ -50,7 +50,7 @@ def evaluated(folder: Path, split: str) -> list[str]:
 def test_rows_held_out_are_never_trained_on_and_are_what_is_evaluated(
     run: Run, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop, seen = train.train, []
+    loop, seen = train.train, list[Any]()
     monkeypatch.setattr(train, "train", lambda *given: loop(*noted(seen, given)))
     folder = run(*SHARES)
     (*_, loader, validation) = seen[0]
@@ -71,7 +71,7 @@ def test_rows_held_out_are_never_trained_on_and_are_what_is_evaluated(
 def test_a_test_share_is_evaluated_after_training_once(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    generate, passes = evaluate.generate, []
+    generate, passes = evaluate.generate, list[Any]()
     monkeypatch.setattr(evaluate, "generate", lambda *given: generate(*noted(passes, given)))
     for _ in range(2):  # trained, then found finished
         folder = run(*SHARES, "--evaluation.after_training", "true")
