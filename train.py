@@ -160,7 +160,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def make_adapter(config: Config, runtime: Runtime, run: RunDirectory) -> None:
-    """Data, model, loader, training, export."""
+    """From rows to an adapter: data, model, loader, training, export, in this order."""
     from chatlora.distributed.memory import out_of_memory_told
     from chatlora.training import setup
     from chatlora.training.export import export_adapter

@@ -174,36 +174,43 @@ def read_csv(path: Path, name: str) -> Rows:
     csv.field_size_limit(2**31 - 1)  # the default refuses texts over 131,072 characters
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with path.open(encoding="utf-8-sig", newline="") as file:
-        records = csv.reader(file, delimiter=delimiter, strict=True)
-        header: list[str] | None = None
-        place = f"{name}:1"
-        try:
-            for record in records:
-                if record and header is None:
-                    header = record
-                    fault = _fault_of_header(header, delimiter)
-                    if fault is not None:
-                        yield BadRow(fault, ends=True), place
-                        return
-                elif record and header is not None:
-                    yield _csv_row(header, record), place
-                place = f"{name}:{records.line_num + 1}"
-        except csv.Error as error:
-            problem = f"not CSV ({error}); is a quote left open? Close it; nothing after it was read"
-            yield BadRow(problem, ends=True), place
-        except UnicodeDecodeError as error:
-            problem = f"not UTF-8 soon after this line ({error.reason}); convert the file to UTF-8"
-            yield BadRow(problem, ends=True), place
+        records = _csv_records(csv.reader(file, delimiter=delimiter, strict=True), name)
+        header, place = next(records, ([], name))
+        fault = header if isinstance(header, BadRow) else _fault_of_header(header, delimiter)
+        if fault is not None:
+            yield fault, place
+            return
+        assert isinstance(header, list)
+        for record, place in records:
+            yield record if isinstance(record, BadRow) else _csv_row(header, record), place
 
 
-def _fault_of_header(header: list[str], delimiter: str) -> str | None:
-    repeated = sorted({column for column in header if header.count(column) > 1})
+def _csv_records(records: "csv.Reader", name: str) -> Iterator[tuple[list[str] | BadRow, str]]:
+    """Each record that is not empty, with the line on which it begins; what ends the reading comes last."""
+    place = f"{name}:1"
+    try:
+        for record in records:
+            if record:
+                yield record, place
+            place = f"{name}:{records.line_num + 1}"
+    except csv.Error as error:
+        problem = f"not CSV ({error}); is a quote left open? Close it; nothing after it was read"
+        yield BadRow(problem, ends=True), place
+    except UnicodeDecodeError as error:
+        problem = f"not UTF-8 soon after this line ({error.reason}); convert the file to UTF-8"
+        yield BadRow(problem, ends=True), place
+
+
+def _fault_of_header(header: list[str], delimiter: str) -> BadRow | None:
+    repeated = ", ".join(repr(column) for column in sorted({column for column in header if header.count(column) > 1}))
     if repeated:
-        return f"the header names {', '.join(map(repr, repeated))} twice; give each column a name of its own"
-    other = next((character for character in "\t;|," if character != delimiter and character in header[0]), None)
-    if len(header) == 1 and other is not None:
+        return BadRow(f"the header names {repeated} twice; give each column a name of its own", ends=True)
+    others = (character for character in "\t;|," if character != delimiter and character in header[0])
+    other = next(others, None) if len(header) == 1 else None
+    if other is not None:
         expected = "a comma in .csv, a tab in .tsv"
-        return f"the header is one column, {header[0]!r}: is {other!r} the delimiter? It is {expected}; write it so"
+        fault = f"the header is one column, {header[0]!r}: is {other!r} the delimiter? It is {expected}; write it so"
+        return BadRow(fault, ends=True)
     return None
 
 

@@ -243,8 +243,8 @@ def does_not_fit(config: Config, loader: Loader) -> str:
     """What to do where memory runs out in the loop."""
     checkpointing = "" if config.model.gradient_checkpointing else ", set model.gradient_checkpointing true"
     return (
-        f"a micro-batch of up to {loader.token_budget:,} tokens does not fit. Lower optim.max_tokens_per_micro_batch (now "
-        f"{config.optim.max_tokens_per_micro_batch}; no lower than data.max_length, now {config.data.max_length})"
+        f"a micro-batch of up to {loader.token_budget:,} tokens does not fit. Lower optim.max_tokens_per_micro_batch "
+        f"(now {config.optim.max_tokens_per_micro_batch}; no lower than data.max_length, now {config.data.max_length})"
         f"{checkpointing}, or lower data.max_length"
     )
 
