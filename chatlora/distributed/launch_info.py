@@ -1,14 +1,12 @@
-"""What there is to know of a launch, read off the machine: for launch.py to judge."""
+"""What there is to know of a launch, read off the machine: for launch_checks.py to judge."""
 
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from chatlora.config import Config
 from chatlora.distributed.deepspeed import settings_of_launcher
@@ -21,61 +19,51 @@ NO_FILE = "none"
 
 def launch_info_of(config: Config) -> LaunchInfo:
     """The info before the processes have found each other. Raises LaunchError where DeepSpeed's JSON is unreadable."""
-    arguments, config_file = _launcher()
-    on_gpu = torch.cuda.is_available()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return LaunchInfo(
         config=config,
         environment=dict(os.environ),
-        device="cuda" if on_gpu else "cpu",
-        num_devices=torch.cuda.device_count() if on_gpu else 0,
-        arguments=arguments,
-        config_file=config_file,
-        deepspeed=_deepspeed_settings(config_file) if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else None,
+        device="cpu" if accelerator is None else accelerator.type,
+        num_devices=0 if accelerator is None else torch.accelerator.device_count(),
+        num_cards=_num_cards(Path("/")),
+        num_cores=num_cores(),
+        torch_build=torch.version.cuda or torch.version.hip or "cpu",
+        deepspeed=_deepspeed_settings() if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" else None,
     )
 
 
-def _launcher() -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `accelerate launch` was given: on its command line, and in its configuration file.
+def num_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    On Linux alone, where the process that started this one can be asked. A single process bears no other trace of it.
-    """
+
+def _num_cards(root: Path) -> int:
+    """NVIDIA's cards in this machine, whether or not there is a driver for them or torch can use them. Linux alone."""
+    on_bus = [
+        device
+        for device in root.glob("sys/bus/pci/devices/*")
+        if _text(device / "vendor") == "0x10de" and _text(device / "class").startswith("0x03")  # a display controller
+    ]
+    return max(len(on_bus), len(list(root.glob("dev/nvidia[0-9]*"))))
+
+
+def _text(path: Path) -> str:
     try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return {}, {}
-    given = _given_to_accelerate(words)
-    if given is None:
-        return {}, {}
-    from accelerate.commands.config.config_args import default_config_file
-    from accelerate.commands.launch import launch_command_parser
-
-    arguments = vars(launch_command_parser().parse_known_args(given)[0])  # it has parsed the same words, and gone on
-    path = Path(arguments["config_file"] or default_config_file)
-    if not path.is_file() or (arguments["config_file"] is None and arguments["cpu"]):
-        return arguments, {}
-    return arguments, {**(yaml.safe_load(path.read_text(encoding="utf-8")) or {}), "path": str(path)}
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
 
 
-def _given_to_accelerate(words: Sequence[str]) -> list[str] | None:
-    """What follows `accelerate launch` in a command line; None where that is not what it calls."""
-    for place, word in enumerate(words[:4]):
-        before = Path(words[place - 1]).name if place else ""
-        is_second_word = word == "launch" and before in ("accelerate", "accelerate_cli.py")
-        if is_second_word or word.endswith(("accelerate-launch", "accelerate.commands.launch", "commands/launch.py")):
-            return [each for each in words[place + 1 :] if each]
-    return None
-
-
-def _deepspeed_settings(config_file: Mapping[str, Any]) -> dict[str, Any]:
+def _deepspeed_settings() -> dict[str, Any]:
     named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", NO_FILE)
     if named == NO_FILE:
         return settings_of_launcher(os.environ)
     # A path in a launcher's file is meant from the repository's root, wherever the command is given.
-    around = [Path.cwd(), HOME]
-    around += [Path(config_file["path"]).resolve().parent] if "path" in config_file else []
-    found = [folder / named for folder in around if (folder / named).is_file()]
+    found = [folder / named for folder in (Path.cwd(), HOME) if (folder / named).is_file()]
     if not found:
-        raise LaunchError(f"deepspeed_config_file: {named} is neither in {Path.cwd()} nor in {HOME}")
+        raise LaunchError(
+            f"deepspeed_config_file: {named} is neither in {Path.cwd()} nor in {HOME}: give its whole path"
+        )
     try:
         settings = json.loads(found[0].read_text(encoding="utf-8"))
     except ValueError as error:

@@ -15,9 +15,9 @@ from torch import nn
 
 from chatlora.config import Config, RunConfig
 from chatlora.distributed import engines, optimizer_state
-from chatlora.distributed.deepspeed import engine_settings, notes
-from chatlora.distributed.launch_checks import check_launch
-from chatlora.distributed.launch_info import is_installed, launch_info_of
+from chatlora.distributed.deepspeed import engine_settings
+from chatlora.distributed.launch_checks import check_launch, notes_on
+from chatlora.distributed.launch_info import is_installed, launch_info_of, num_cores
 from chatlora.distributed.optimizer_checks import refuse_flat, refuse_forgetful
 from chatlora.distributed.signals import StopSignals
 from chatlora.errors import LaunchError, Problem
@@ -33,7 +33,7 @@ class Runtime:
     dtype: torch.dtype  # of the base model; the adapter and its gradients are fp32 in any case
     signals: StopSignals
     slow_group: Any = None  # the process group of `barrier`
-    notes: tuple[str, ...] = ()  # what the launcher's settings said and is decided here
+    notes: tuple[str, ...] = ()  # what of the launch is worth a line, before anything is loaded
     sharded_loading: Any = None  # zero3: while it lives, transformers spreads a model over the processes as it loads it
 
     @property
@@ -223,17 +223,25 @@ def start(config: Config, signals: StopSignals) -> Runtime:
 
     Raises LaunchError, before anything is loaded, where the launch is not what was meant or contradicts the settings.
     """
-    info = launch_info_of(config)
-    _refuse(check_launch(info))
-    if info.deepspeed is not None and not is_installed("deepspeed"):
+    launch = launch_info_of(config)
+    _refuse(check_launch(launch))
+    if launch.deepspeed is not None and not is_installed("deepspeed"):
         raise LaunchError(
             'DeepSpeed was asked for and is not installed: pip install -c constraints.txt -e ".[deepspeed]"'
         )
-    settings = None if info.deepspeed is None else engine_settings(info.deepspeed, config.optim.max_grad_norm)
+    if launch.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns in every process that imports it
+    settings = None if launch.deepspeed is None else engine_settings(launch.deepspeed, config.optim.max_grad_norm)
     accelerator = engines.start_accelerator(settings)
-    info = replace(info, engine=engines.engine_of(accelerator), num_processes=int(accelerator.num_processes))
-    _refuse(check_launch(info))
     device = torch.device(accelerator.device)
+    launch = replace(
+        launch,
+        engine=engines.engine_of(accelerator),
+        num_processes=int(accelerator.num_processes),
+        device=device.type,
+        multiplies_bf16=multiplies_bf16(device),
+    )
+    _refuse(check_launch(launch))
     if device.type == "cpu":
         _use_cores(config.run.cpu_threads, accelerator.num_processes)
     dtype = resolve_precision(config.run, device)
@@ -242,8 +250,8 @@ def start(config: Config, signals: StopSignals) -> Runtime:
         dtype,
         signals,
         slow_group=engines.slow_barrier_group(accelerator),
-        notes=tuple(notes(info.deepspeed or {})),
-        sharded_loading=engines.load_sharded(accelerator, dtype) if info.engine == "zero3" else None,
+        notes=tuple(notes_on(launch)),
+        sharded_loading=engines.load_sharded(accelerator, dtype) if launch.engine == "zero3" else None,
     )
 
 
@@ -255,8 +263,7 @@ def _refuse(problems: Sequence[Problem]) -> None:
 def _use_cores(threads: Literal["auto"] | int, num_processes: int) -> None:
     """`accelerate launch` exports OMP_NUM_THREADS=1, whatever the machine has."""
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // processes_here) if threads == "auto" else threads)
+    torch.set_num_threads(max(1, num_cores() // processes_here) if threads == "auto" else threads)
 
 
 def resolve_precision(run: RunConfig, device: torch.device) -> torch.dtype:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from chatlora.run_log import read_log
 from tests.fork_server import ForkServer
@@ -46,6 +47,9 @@ def launch(world: Path, alone: Path, cwd: Path, config: str, engine: str, proces
     )
     assert told.returncode == 0, told.stderr[-4000:]
     assert f"{processes} process(es), {engine} on " in told.stderr
+    if not torch.accelerator.is_available():
+        assert told.stderr.partition("LoRA touches")[0].count("no GPU is used") == (config != "cpu")
+        assert (told.stdout + told.stderr).count("Setting accelerator to CPU") <= 1  # accelerate's launcher, not a rank
     ran = json.loads((cwd / "run" / "environment.json").read_text())
     assert (ran["engine"], ran["num_processes"]) == (engine, processes)
     losses = [line["loss"] for line in read_log(cwd / "run" / "log.jsonl")]

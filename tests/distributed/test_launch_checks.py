@@ -40,14 +40,21 @@ def two(environment: dict[str, str] | None = None, **known: Any) -> LaunchInfo:
     return LaunchInfo(CONFIG, {**RANKED, **(environment or {})}, **{"engine": "ddp", "num_processes": 2, **known})
 
 
+ELASTIC = {"TORCHELASTIC_RUN_ID": "none"}  # torchrun's and accelerate's launcher of several processes
+ALONE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "False"}  # accelerate's launcher of one process
+SEVERAL = {**ALONE, "ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 FP32 = CONFIG.with_values("run", precision="fp32")
 BAD: list[tuple[LaunchInfo, str, str]] = [
     # the processes
     (one(RANKED), "WORLD_SIZE", "2 processes were launched, but 1 found each other"),
-    (one(arguments={"num_processes": 2, "cpu": True}), "--num_processes", "starts a single one for the CPU"),
-    (one(config_file={"num_processes": 8, "use_cpu": True}), "num_processes in the launcher's file", "8 processes"),
-    (one(arguments={"num_processes": 4}), "--num_processes", "4 processes were asked for and 1 runs"),
-    (two(device="cuda", num_devices=1), "num_processes", "2 processes on this machine, but it shows 1 GPU(s)"),
+    (one(SEVERAL), "num_processes", "starts a single one, as it does for the CPU"),
+    (two(ELASTIC, device="cuda", num_devices=1), "num_processes", "2 processes on this machine, but it shows 1 GPU(s)"),
+    (two({"LOCAL_WORLD_SIZE": "9"}, device="cuda", num_devices=8), "num_processes", "9 processes on this machine"),
+    (
+        one({"LOCAL_RANK": "8", "WORLD_SIZE": "16"}, device="cuda", num_devices=8, num_processes=16, engine="ddp"),
+        "num_processes",
+        "9 processes on this machine",
+    ),
     # the engine
     (replace(zero(), engine="ddp"), "distributed_type", "zero2 was asked for and ddp runs"),
     (replace(fsdp(), engine="ddp"), "distributed_type", "fsdp2 was asked for and ddp runs"),
@@ -93,10 +100,10 @@ BAD: list[tuple[LaunchInfo, str, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("info", "setting", "sentence"), BAD, ids=lambda value: value if isinstance(value, str) else ""
+    ("launch", "setting", "sentence"), BAD, ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_a_bad_launch_is_told_with_its_setting_and_the_remedy(info: LaunchInfo, setting: str, sentence: str) -> None:
-    problems = check_launch(info)
+def test_a_bad_launch_is_told_with_its_setting_and_the_remedy(launch: LaunchInfo, setting: str, sentence: str) -> None:
+    problems = check_launch(launch)
     assert [problem.setting for problem in problems if problem.setting.startswith(setting)], problems
     (told,) = problems
     assert sentence in told.sentence
@@ -134,12 +141,17 @@ AUTO_JSON = {
 GOOD: list[LaunchInfo] = [
     one(),
     one({"LOCAL_RANK": "0", "WORLD_SIZE": "1"}),
-    one(arguments={"num_processes": 1, "cpu": True}),
+    one(ALONE),
+    one({"MASTER_ADDR": "here", "MASTER_PORT": "29500"}),  # left by whoever wrote the job's script
+    one({**SEVERAL, "WORLD_SIZE": "1", "RANK": "0"}),
     one({"ACCELERATE_MIXED_PRECISION": "bf16"}),
     one(device="cuda", num_devices=8),
     two(),
-    two(device="cuda", num_devices=8, arguments={"num_processes": 2}, config_file={"num_processes": 8}),
-    two({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, device="cuda", num_devices=8, num_processes=16),
+    two(ELASTIC, device="cuda", num_devices=8),
+    # SLURM's --gpus-per-task=1; two machines of eight, started by a launcher, and by a script that says less
+    two({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, device="cuda", num_devices=1, num_processes=8),
+    two({**ELASTIC, "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, device="cuda", num_devices=8, num_processes=16),
+    one({"LOCAL_RANK": "7", "WORLD_SIZE": "16"}, device="cuda", num_devices=8, num_processes=16, engine="ddp"),
     zero(1),
     zero(2, gradient_clipping=1.0, train_batch_size=16, gradient_accumulation_steps=1),
     zero(3, bf16={"enabled": True}),
@@ -148,9 +160,9 @@ GOOD: list[LaunchInfo] = [
 ]
 
 
-@pytest.mark.parametrize("info", GOOD)
-def test_a_right_launch_has_no_problem(info: LaunchInfo) -> None:
-    assert check_launch(info) == []
+@pytest.mark.parametrize("launch", GOOD)
+def test_a_right_launch_has_no_problem(launch: LaunchInfo) -> None:
+    assert check_launch(launch) == []
 
 
 @pytest.mark.parametrize("config", ["multi_gpu", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "multi_node"])
@@ -160,8 +172,8 @@ def test_what_accelerate_makes_of_our_own_files_has_no_problem(config: str) -> N
     settings = None
     if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
         settings = json.loads((REPOSITORY / environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text())
-    info = LaunchInfo(CONFIG, environment, deepspeed=settings, num_processes=2)
-    assert check_launch(replace(info, engine=info.asked_engine)) == []
+    launch = LaunchInfo(CONFIG, environment, deepspeed=settings, num_processes=2)
+    assert check_launch(replace(launch, engine=launch.asked_engine)) == []
 
 
 def test_deepspeed_is_told_what_the_user_said_and_what_is_decided_here() -> None:
@@ -232,7 +244,7 @@ def json_with_a_batch_size(folder: Path) -> tuple[list[str], dict[str, str]]:
 @pytest.mark.parametrize(
     ("how", "sentence"),
     [
-        (two_for_the_cpu, "--num_processes: 2 processes were asked for and 1 runs"),
+        (two_for_the_cpu, "num_processes: accelerate was asked for several processes and starts a single one"),
         (zero_on_a_named_cpu, "ACCELERATE_USE_CPU: it turns zero2 into plain DDP"),
         (json_with_a_batch_size, "train_batch_size in DeepSpeed's JSON: it is 64 and optim.global_batch_size is 16"),
     ],

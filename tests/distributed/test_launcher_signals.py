@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from accelerate.utils.other import get_free_port
 
 from chatlora.run_directory import read_status
 from chatlora.run_log import LOG, read_log
@@ -100,6 +101,23 @@ def test_a_run_that_a_shell_started_outlives_its_shell(world: Path, argv: list[s
         os.kill(process, signal.SIGTERM)
         wait_until(lambda: is_over(tmp_path))
         assert read_status(tmp_path / "run")["state"] == "stopped"
+
+
+@pytest.mark.slow
+def test_tasks_that_a_script_gave_their_ranks_find_each_other(world: Path, argv: list[str], tmp_path: Path) -> None:
+    """As srun starts them, without LOCAL_WORLD_SIZE."""
+    script = f"""
+export CHATLORA_CACHE={world / "cache"} OMP_NUM_THREADS=1
+export MASTER_ADDR=127.0.0.1 MASTER_PORT={get_free_port()} WORLD_SIZE=2
+for rank in 0 1; do
+    RANK=$rank LOCAL_RANK=$rank {sys.executable} {REPOSITORY / "train.py"} {" ".join(argv)} --optim.max_steps 1 &
+done
+wait"""
+    told = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert "2 process(es), ddp on " in told.stderr, told.stderr[-4000:]
+    assert saved(tmp_path) == [1]
 
 
 @pytest.mark.parametrize(
