@@ -29,9 +29,9 @@ class Loaded(NamedTuple):
     def lines(self) -> list[str]:
         """What a person should see first: where the settings are from, and those that matter most."""
         optim = self.config.optim
-        length = f"{optim.epochs:g} epoch(s)" + (f" or {optim.max_steps:,} steps" if optim.max_steps else "")
+        length = f"{optim.epochs:g} epoch(s)" + (f", {optim.max_steps:,} steps at most" if optim.max_steps else "")
         first = (
-            f"{self.origin}: {length} in steps of {optim.global_batch_size} examples, learning rate "
+            f"{self.origin}: {length}, {optim.global_batch_size} examples a step, learning rate "
             f"{optim.learning_rate:g} ({optim.schedule}, {100 * optim.warmup_ratio:g}% warm-up), max_length "
             f"{self.config.data.max_length:,}"
         )
@@ -97,8 +97,7 @@ def read_config(path: Path | None, flags: Mapping[str, str], problems: Sequence[
         if not isinstance(values.setdefault(section, {}), dict):
             values[section] = {}
         try:
-            is_yaml = raw[:1] in ("[", "{") or raw == "null"
-            values[section][field] = parse_yaml(raw, f"--{flag} {shortened(raw)}") if is_yaml else raw
+            values[section][field] = _value(flag, raw)
         except ConfigError as error:
             found += error.problems
     config, more = _validate(values, path, flags)
@@ -107,21 +106,37 @@ def read_config(path: Path | None, flags: Mapping[str, str], problems: Sequence[
     return config
 
 
+def _value(flag: str, raw: str) -> Any:
+    section, _, name = flag.partition(".")
+    field = all_settings().get(section, {}).get(name)
+    is_text = field is not None and field.annotation in (str, str | None)  # a system prompt may begin with a bracket
+    is_yaml = raw == "null" or (raw[:1] in ("[", "{") and not is_text)
+    return parse_yaml(raw, f"--{flag} {shortened(raw)}") if is_yaml else raw
+
+
 def refuse_paths_beside(path: Path, config: Config, flags: Collection[str]) -> None:
     """Raise ConfigError where a file names what is not found from here, but lies beside that file."""
     problems = []
     for setting in PATHS:
         section, _, field = setting.partition(".")
         value = None if setting in flags else getattr(getattr(config, section), field)
-        named = [each.path for each in value] if isinstance(value, tuple) else [str(value)]
-        for name in named if isinstance(value, tuple | str | Path) else ():
-            beside = path.absolute().parent / name
+        for name in _names_in(value):
+            beside = path.parent.resolve() / name
             if _is_there(Path(name).absolute()) or not _is_there(beside):
                 continue
             hub = f"; if one of the hub is meant, give it as --{setting} {name}" if beside.is_dir() else ""
             problems.append(f"{path}: {setting} is {name}, which is not under {Path.cwd()}: write {beside}{hub}")
     if problems:
         raise ConfigError(*problems)
+
+
+def _names_in(value: Any) -> list[str]:
+    """The paths that a setting names: itself, those of its sources, those of its sets of sources."""
+    if isinstance(value, dict):
+        return [name for sources in value.values() for name in _names_in(sources)]
+    if isinstance(value, tuple):
+        return [source.path for source in value]
+    return [str(value)] if isinstance(value, str | Path) else []
 
 
 def _is_there(path: Path) -> bool:
@@ -209,7 +224,7 @@ def _not_a_setting(flag: str, own: Collection[str]) -> str | None:
     if section in all_settings():
         first = next(iter(all_settings()[section]))
         return f"--{flag} is a section, not a setting: write --{section}.{first} for one of its fields"
-    return f"--{flag} is not a setting{did_you_mean(section, own) or nearest([section])}"
+    return f"--{flag} is not a setting{nearest([section]) or did_you_mean(section, own)}"
 
 
 def _validate(values: dict[str, Any], path: Path | None, flags: Mapping[str, str]) -> tuple[Config | None, list[str]]:

@@ -35,10 +35,11 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.depth = self.values = self.repeated = 0
-        self.sizes: dict[yaml.Node, int] = {}  # of each finished node: the values in it, aliases written out
+        self.sizes: dict[yaml.Node | None, int] = {}  # of each finished node: the values in it, aliases written out
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        mark, is_alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
+        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
+        mark, is_alias = event.start_mark, isinstance(event, yaml.AliasEvent)
         if self.depth == DEEPEST:
             raise _error(f"lists and mappings are nested more than {DEEPEST} deep: take brackets or levels out", mark)
         before = self.values
@@ -57,7 +58,7 @@ class _Loader(yaml.SafeLoader):
             self.sizes[node] = self.values - before
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Here, not where values are made: merged keys stand by then among the mapping's own, which may go over them.
         node = super().compose_mapping_node(anchor)
         seen: set[tuple[str, str]] = set()
@@ -81,7 +82,8 @@ class _Loader(yaml.SafeLoader):
             ) from error
 
 
-def _error(problem: str, place: yaml.Mark) -> yaml.MarkedYAMLError:
+def _error(problem: str, place: Any) -> yaml.MarkedYAMLError:
+    """place: a Mark, of the parser in Python or of that in C."""
     return yaml.MarkedYAMLError(problem=problem, problem_mark=place)
 
 

@@ -15,7 +15,16 @@ PACKAGE = REPOSITORY / "chatlora"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "cache", "disk", "hub", "progress"}),
     frozenset(
-        {"config", "config_files", "config_rows", "settings", "yaml_text", "run_directory", "run_lock", "embedded_model"}
+        {
+            "config",
+            "config_files",
+            "config_rows",
+            "settings",
+            "yaml_text",
+            "run_directory",
+            "run_lock",
+            "embedded_model",
+        }
     ),
     frozenset({"reading"}),
     frozenset({"rendering"}),

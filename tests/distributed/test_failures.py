@@ -47,7 +47,7 @@ def end(world: Path, folder: Path, config: str, where: str, how: str, adapter: P
     if script == "train":
         command += [str(world / "my.yaml"), "--run.output_dir", str(folder / "run")]
     else:
-        command += [str(adapter), "--data", str(world / "rows.jsonl"), "--max_new_tokens", "4"]
+        command += [str(adapter), "--data", str(world / "rows.jsonl"), "--evaluation.max_new_tokens", "4"]
         command += ["--output_dir", str(folder / "run")]
     variables = {**os.environ, "CHATLORA_CACHE": str(world / "cache"), "OMP_NUM_THREADS": "1"}
     variables["PLANTED"] = how.format(place=place, call=call)

@@ -83,7 +83,7 @@ def test_training_evaluation_and_the_adapter_agree(
 
     saved = GenerationConfig.from_pretrained("run/adapter")
     assert set(saved.eos_token_id) == stop_ids
-    evaluate.main(["run", "--data", "rows.jsonl", "--max_new_tokens", "3"])
+    evaluate.main(["run", "--data", "rows.jsonl", "--evaluation.max_new_tokens", "3"])
     scores = json.loads(Path("run/eval/rows/scores.json").read_text())
     assert set(scores["decoding"]["stop_ids"]) == stop_ids
 
