@@ -29,9 +29,9 @@ class Loaded(NamedTuple):
     def lines(self) -> list[str]:
         """What a person should see first: where the settings are from, and those that matter most."""
         optim = self.config.optim
-        length = f"{optim.epochs:g} epoch(s)" + (f", {optim.max_steps:,} steps at most" if optim.max_steps else "")
+        limit = f", max_steps {optim.max_steps:,}" if optim.max_steps else ""
         first = (
-            f"{self.origin}: {length}, {optim.global_batch_size} examples a step, learning rate "
+            f"{self.origin}: epochs {optim.epochs:g}{limit}, {optim.global_batch_size} examples a step, learning rate "
             f"{optim.learning_rate:g} ({optim.schedule}, {100 * optim.warmup_ratio:g}% warm-up), max_length "
             f"{self.config.data.max_length:,}"
         )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from yaml.composer import Composer
 
+import train
 from chatlora.config import Config, OptimConfig, changed_settings, trajectory_hash, with_absolute_paths
 from chatlora.config_files import PRESETS, config_from_file, config_text, help_text, load_config
 from chatlora.errors import ConfigError
@@ -180,13 +182,33 @@ def test_the_start_says_what_runs(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("optim: {epochs: 0.5, max_steps: 2000, schedule: linear, warmup_ratio: 0}")
     words = [str(tmp_path / "my.yaml"), "--data.train", "a b.jsonl", "--optim.learning_rate=1e-4"]
     assert load_config(words, default="demo").lines() == [
-        f"{tmp_path}/my.yaml: 0.5 epoch(s), 2,000 steps at most, 16 examples a step, learning rate 0.0001 (linear, 0% "
+        f"{tmp_path}/my.yaml: epochs 0.5, max_steps 2,000, 16 examples a step, learning rate 0.0001 (linear, 0% "
         "warm-up), max_length 2,048",
         "on the command line: --data.train 'a b.jsonl' --optim.learning_rate 1e-4",
     ]
     assert load_config([], default="demo").lines() == [
-        "preset demo: 1 epoch(s), 8 examples a step, learning rate 0.002 (cosine, 3% warm-up), max_length 512"
+        "preset demo: epochs 1, 8 examples a step, learning rate 0.002 (cosine, 3% warm-up), max_length 512"
     ]
+
+
+def test_a_run_of_settings_alone_begins_with_what_it_goes_by(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CHATLORA_CACHE", str(world / "cache"))
+    monkeypatch.chdir(tmp_path)
+    words = ["--model.name_or_path", str(world / "model"), "--data.train", str(world / "rows.jsonl")]
+    words += ["--data.max_length", "256", "--optim.max_steps", "1", "--run.precision", "fp32"]
+    train.main(words)
+    told = capsys.readouterr().err.splitlines()
+    assert told[:2] == [
+        "defaults: epochs 3, max_steps 1, 16 examples a step, learning rate 0.0002 (cosine, 3% warm-up), "
+        "max_length 256",
+        f"on the command line: {shlex.join(words)}",
+    ]
+    assert any(line.startswith("1 steps of 16 examples") for line in told)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert run_dir.name.startswith("rows-")
+    assert config_from_file(run_dir / "config.yaml").optim.learning_rate == 2e-4
 
 
 def test_what_lies_beside_the_file_and_not_here_is_told_with_the_path_to_write(

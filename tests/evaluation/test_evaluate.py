@@ -74,6 +74,7 @@ def test_help_answers_without_heavy_imports() -> None:
         (["--model", "m", "--data", "f", "--optim.epochs", "1"], ["--optim.epochs has no use with evaluate.py"]),
         (["--model", "m", "--model.name_or_path", "n", "--data", "f"], ["--model and --model.name_or_path are one"]),
         (["--model", "m", "--data", "f", "--split", "tset"], ["argument --split: invalid choice: 'tset'"]),
+        (["--model", "m", "--data", "0.1"], ["--data is 0.1, a share: name the rows themselves"]),
         (["a", "b"], ["one run at a time, but 2 were given: a, b"]),
         (["no/such/run"], ["no/such/run is not a folder"]),
         (["."], ["is no run directory"]),
