@@ -1,6 +1,6 @@
 """Say what a model answers to held-out conversations, and score it. `python evaluate.py --help` lists the ways.
 
-`generate` is the whole generation pass; `main` sets the stage for it and shows the scores. Everything heavy is
+`generate` is the whole generation pass; `evaluate` sets it up and shows the scores. Everything heavy is
 imported where it is needed: a file of predictions is scored without torch, and importing this file does nothing.
 """
 
@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from chatlora.config_files import HELP
 from chatlora.distributed.signals import StopSignals
 from chatlora.errors import run_as_script
-from chatlora.evaluation.command_line import MODEL, Request, parse, told_as_options
+from chatlora.evaluation.command_line import MODEL, Request, help_text, parse
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -34,6 +35,9 @@ def generate(
 
 def main(argv: Sequence[str], runtime: Runtime | None = None, *, again: bool = True) -> None:
     """runtime: that of a training which goes on to this in the same processes. again: even if there are scores."""
+    if set(HELP) & set(argv):
+        print(help_text())
+        return
     request = parse(argv)
     if request.predictions is not None:
         score_file(request)
@@ -42,25 +46,25 @@ def main(argv: Sequence[str], runtime: Runtime | None = None, *, again: bool = T
     if runtime is not None:
         evaluate(request, runtime, again)
         return
-    with StopSignals() as signals, told_as_options(request):  # before the seconds that imports take
+    with StopSignals() as signals:  # before the seconds that imports take
         from chatlora.distributed.runtime import start
 
         evaluate(request, start(request.config, signals), again)
 
 
 def evaluate(request: Request, runtime: Runtime, again: bool) -> None:
-    from chatlora.evaluation import setup as stage
-    from chatlora.evaluation.earlier import show_earlier_scores
+    from chatlora.evaluation.scoring import show_earlier_scores
+    from chatlora.evaluation.setup import open_folders, score_and_show, set_up
 
     if not again and runtime.broadcast_bool(runtime.is_main and show_earlier_scores(request)):
         return
-    actors = stage.set_up(request, runtime)
-    with stage.open_folders(request.folders, runtime) as parts:
+    generation = set_up(request, runtime)
+    with open_folders(request.folders, runtime) as parts:
         for name, part in parts.items():
-            with actors.on_stage(name, part) as results:
-                generate(runtime, actors.model, actors.batches(), actors.settings, results)
+            with generation.answering(name, part) as results:
+                generate(runtime, generation.model, generation.batches(), generation.settings, results)
         if runtime.is_main:
-            stage.score_and_show(actors, request)
+            score_and_show(generation, request)
 
 
 def score_file(request: Request) -> None:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import: not for `--h
 USAGE = """usage: accelerate launch [--config_file FILE] train.py [PRESET | FILE.yaml] [--section.field VALUE ...]
 
 Trains a LoRA adapter on the assistant's turns of conversations. Without an argument: the preset `demo`, a small real
-model on a small real data set, minutes on a laptop's CPU. A run's own config.yaml continues or repeats it."""
+model on a small real data set, minutes on a laptop's CPU. Settings alone go over the defaults below, and the run is
+named after its rows. A run's own config.yaml continues or repeats it."""
 
 SAVED = "stopped after step {}, which is saved: the same command goes on from there"
 
@@ -153,6 +154,7 @@ def main(argv: Sequence[str]) -> None:
         if finished:
             print(f"{run.path} is finished: {run.summary()}")
         else:
+            setup.say_what_runs(loaded, runtime, run)
             make_adapter(config, runtime, run)
         if config.evaluation.after_training and setup.has_test_rows(config, runtime, run):
             evaluate = load_script("evaluate")
@@ -166,7 +168,6 @@ def make_adapter(config: Config, runtime: Runtime, run: RunDirectory) -> None:
     from chatlora.training.export import export_adapter
 
     with run.reporting():
-        setup.say_what_runs(runtime, run)
         config, tokenizer, renderer, data = setup.load_data(config, runtime, run.say)
         adapted, padded = setup.load_model(config, runtime, tokenizer, data, run.say)
         loader, validation = setup.loaders(config, runtime, data, padded)

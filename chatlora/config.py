@@ -128,6 +128,11 @@ class CheckpointConfig(Section):
 class EvaluationConfig(Section):
     max_new_tokens: int = Field(512, ge=1, description="longest answer, in tokens")
     max_prompt_length: int | None = Field(None, ge=1, description="longest prompt, in tokens; null: data.max_length")
+    max_tokens_per_batch: int | None = Field(
+        None,
+        ge=1,
+        description="prompts and answers of one batch, padding included; null: half of the free memory, 2 GiB on CPU",
+    )
     style: Style = Field("chatlora", description="how ROUGE and BLEU are computed")
     after_training: bool = Field(False, description="evaluate base and adapter on data.test at the end of train.py")
 
@@ -184,6 +189,7 @@ FREE_SETTINGS = frozenset(
         "evaluation.after_training",
         "evaluation.max_new_tokens",
         "evaluation.max_prompt_length",
+        "evaluation.max_tokens_per_batch",
         "evaluation.style",
         "model.chat_template_date",  # fixed by the run's first day
         "model.gradient_checkpointing",

@@ -1,77 +1,155 @@
 """The command line and YAML files -> Config, or every mistake in them at once."""
 
-from collections.abc import Mapping, Sequence
+import re
+import shlex
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from chatlora.config import Config, Source
+from chatlora.config import PATHS, Config
 from chatlora.errors import ConfigError, did_you_mean
+from chatlora.settings import all_settings, known_settings, nearest, settings_text
+from chatlora.yaml_text import parse_yaml, shortened
 
 PRESETS = Path(__file__).parent / "presets"
 HELP = ("-h", "--help")
-OTHER_NAMES = {  # what other trainers call a setting
-    "batch_size": "optim.global_batch_size",
-    "cutoff_len": "data.max_length",
-    "dataset": "data.train",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lr": "optim.learning_rate",
-    "lr_scheduler_type": "optim.schedule",
-    "max_seq_length": "data.max_length",
-    "model_name_or_path": "model.name_or_path",
-    "num_train_epochs": "optim.epochs",
-    "r": "lora.rank",
-    "resume_from_checkpoint": "checkpoint.resume",
-    "save_steps": "checkpoint.every_steps",
-    "save_total_limit": "checkpoint.keep_last",
-    "template": "model.chat_template",
-}
 
 
 class Loaded(NamedTuple):
     config: Config
-    name: str  # the YAML's stem or the preset's name; the first half of runs/NAME-HASH
+    name: str  # the YAML's stem, the preset's name or the stem of the rows; the first half of runs/NAME-HASH
+    origin: str  # what the settings are from, but for those of the command line
+    given: str  # the settings of the command line, as one would type them
+
+    def lines(self) -> list[str]:
+        """What a person should see first: where the settings are from, and those that matter most."""
+        optim = self.config.optim
+        limit = f", max_steps {optim.max_steps:,}" if optim.max_steps else ""
+        first = (
+            f"{self.origin}: epochs {optim.epochs:g}{limit}, {optim.global_batch_size} examples a step, learning rate "
+            f"{optim.learning_rate:g} ({optim.schedule}, {100 * optim.warmup_ratio:g}% warm-up), max_length "
+            f"{self.config.data.max_length:,}"
+        )
+        return [first, *([f"on the command line: {self.given}"] if self.given else [])]
+
+
+class Words(NamedTuple):
+    """A command line: positional words, settings by `section.field`, the script's own options, and what is wrong."""
+
+    names: list[str]
+    flags: dict[str, str]
+    own: dict[str, str]
+    problems: list[str]
 
 
 def load_config(argv: Sequence[str], *, default: str) -> Loaded:
-    """`[PRESET | FILE.yaml] [--section.field VALUE ...]` -> Config. Raises ConfigError with every problem found."""
-    names, flags, problems = _split(argv)
+    """`[PRESET | FILE.yaml] [--section.field VALUE ...]` -> Config; the preset `default` where `argv` is empty.
+
+    Raises ConfigError with every problem found.
+    """
+    names, flags, _, problems = split_words(argv)
     if len(names) > 1:
         problems.append(f"one preset or YAML file at a time, but {len(names)} were given: {', '.join(names)}")
     try:
-        path = _find(names[0] if names else default)
-        values = read_yaml(path)
+        path = _find(names[0] if names else default) if names or not argv else None
     except ConfigError as error:
         raise ConfigError(*problems, *error.problems) from None
+    config = read_config(path, flags, problems)
+    given = shlex.join(word for flag, raw in flags.items() for word in (f"--{flag}", raw))
+    if path is None:
+        if not config.data.train:
+            raise ConfigError(
+                f"--data.train is not given, so there are no rows to train on: add it, or name a preset or a YAML file "
+                f"in front of the settings, as in `{default} {given}`"
+            )
+        return Loaded(config, stem_of(config.data.train[0].path), "defaults", given)
+    refuse_paths_beside(path, config, flags)
+    origin = f"preset {path.stem}" if path.parent == PRESETS else str(path)
+    return Loaded(config, path.parent.name if path.name == "config.yaml" else path.stem, origin, given)
+
+
+def config_from_file(
+    path: Path, flags: Mapping[str, str] = MappingProxyType({}), problems: Sequence[str] = ()
+) -> Config:
+    """The Config in a YAML file that must not be empty, a run's config.yaml for one."""
+    if not read_yaml(path):
+        raise ConfigError(*problems, f"{path} is empty: put its settings back, or take another run directory")
+    return read_config(path, flags, problems)
+
+
+def read_config(path: Path | None, flags: Mapping[str, str], problems: Sequence[str] = ()) -> Config:
+    """The settings of a YAML file, or the defaults, with those of the command line in their place.
+
+    Raises ConfigError with every problem, behind those that were found before.
+    """
+    found = list(problems)
+    try:
+        values = {} if path is None else read_yaml(path)
+    except ConfigError as error:
+        raise ConfigError(*found, *error.problems) from None
     for flag, raw in flags.items():
         section, _, field = flag.partition(".")
         if not isinstance(values.setdefault(section, {}), dict):
             values[section] = {}
         try:
-            values[section][field] = _value(raw)
-        except yaml.YAMLError as error:
-            problems.append(f"--{flag} is {raw!r}, which is not valid YAML: {' '.join(str(error).split())}")
+            values[section][field] = _value(flag, raw)
+        except ConfigError as error:
+            found += error.problems
     config, more = _validate(values, path, flags)
-    problems += more
-    if config is None or problems:
-        raise ConfigError(*problems)
-    return Loaded(config, path.parent.name if path.name == "config.yaml" else path.stem)
-
-
-def config_from_file(path: Path) -> Config:
-    """The Config in a YAML file, a run's config.yaml for one."""
-    values = read_yaml(path)
-    if not values:
-        raise ConfigError(f"{path} is empty: put its settings back, or take another run directory")
-    config, problems = _validate(values, path, {})
-    if config is None:
-        raise ConfigError(*problems)
+    if config is None or found:
+        raise ConfigError(*found, *more)
     return config
+
+
+def _value(flag: str, raw: str) -> Any:
+    section, _, name = flag.partition(".")
+    field = all_settings().get(section, {}).get(name)
+    is_text = field is not None and field.annotation in (str, str | None)  # a system prompt may begin with a bracket
+    is_yaml = raw == "null" or (raw[:1] in ("[", "{") and not is_text)
+    return parse_yaml(raw, f"--{flag} {shortened(raw)}") if is_yaml else raw
+
+
+def refuse_paths_beside(path: Path, config: Config, flags: Collection[str]) -> None:
+    """Raise ConfigError where a file names what is not found from here, but lies beside that file."""
+    problems = []
+    for setting in PATHS:
+        section, _, field = setting.partition(".")
+        value = None if setting in flags else getattr(getattr(config, section), field)
+        for name in _names_in(value):
+            beside = path.parent.resolve() / name
+            if _is_there(Path(name).absolute()) or not _is_there(beside):
+                continue
+            hub = f"; if one of the hub is meant, give it as --{setting} {name}" if beside.is_dir() else ""
+            problems.append(f"{path}: {setting} is {name}, which is not under {Path.cwd()}: write {beside}{hub}")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _names_in(value: Any) -> list[str]:
+    """The paths that a setting names: itself, those of its sources, those of its sets of sources."""
+    if isinstance(value, dict):
+        return [name for sources in value.values() for name in _names_in(sources)]
+    if isinstance(value, tuple):
+        return [source.path for source in value]
+    return [str(value)] if isinstance(value, str | Path) else []
+
+
+def _is_there(path: Path) -> bool:
+    """A file, a folder, or a pattern that finds one."""
+    try:
+        return path.exists() or any(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+    except OSError:  # a name too long for the disk
+        return False
+
+
+def stem_of(rows: str) -> str:
+    """A folder's name from a file, a glob, a hub data set: `d/test*.jsonl` -> `test`."""
+    return re.sub(r"[^\w.-]+", "-", Path(rows).stem).strip("-.") or "data"
 
 
 def config_text(config: Config) -> str:
@@ -81,63 +159,23 @@ def config_text(config: Config) -> str:
 
 def help_text(usage: str) -> str:
     """Every setting with its default and meaning, as `--help` prints it."""
-    lines = [usage, "", "presets: " + ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml"))), ""]
-    for section, fields in _settings().items():
-        for name, field in fields.items():
-            lines.append(f"  {f'--{section}.{name}':<36} {field.description}{_choices(field)} [{_default(field)}]")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _choices(field: Any) -> str:
-    """`(a | b | null)` behind a setting that takes one of several words."""
-    kinds = (field.annotation,) if get_origin(field.annotation) is Literal else get_args(field.annotation)
-    if not any(get_origin(kind) is Literal for kind in kinds) or any(
-        get_origin(kind) is not Literal and kind is not NoneType for kind in kinds
-    ):
-        return ""
-    words = [word for kind in kinds for word in (("null",) if kind is NoneType else get_args(kind))]
-    return f" ({' | '.join(words)})"
-
-
-def _default(field: Any) -> str:
-    """As YAML has it."""
-    default = field.get_default()
-    if default is None or isinstance(default, bool):
-        return {None: "null", True: "true", False: "false"}[default]
-    return "[]" if default == () else str(default)
-
-
-def _value(raw: str) -> Any:
-    return yaml.load(raw, Loader=_UniqueKeys) if raw[:1] in ("[", "{") or raw == "null" else raw
+    presets = "presets: " + ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+    return f"{usage}\n\n{presets}\n\n{settings_text(known_settings())}\n"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds sections; a key that stands twice is an error, not a silent override."""
+    """A YAML file that holds sections."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}; sections such as `model:` and `data:` are expected")
     return values
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"'{key}' stands twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def _find(name: str) -> Path:
@@ -151,39 +189,45 @@ def _find(name: str) -> Path:
     return preset
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], dict[str, str], list[str]]:
-    """Positional words, `section.field` -> raw value, problems."""
-    names: list[str] = []
-    flags: dict[str, str] = {}
-    problems: list[str] = []
+def split_words(argv: Sequence[str], own: Collection[str] = ()) -> Words:
+    """`own`: the options of the script beside settings, each of which takes a value."""
     words = list(argv)
+    split = Words([], {}, {}, [])
     while words:
         word = words.pop(0)
         if not word.startswith("-"):
-            names.append(word)
+            split.names.append(word)
             continue
         if not word.startswith("--") or word == "--":
-            problems.append(f"{word} is not a setting: they are written --section.field VALUE")
+            split.problems.append(f"{word} is not a setting: they are written --section.field VALUE")
             del words[: bool(words and not words[0].startswith("-"))]  # its value, no preset
             continue
         flag, equals, value = word[2:].partition("=")
         if not equals:
             if not words or (words[0].startswith("--") and len(words[0]) > 2):
-                problems.append(f"--{flag} needs a value")
+                split.problems.append(f"--{flag} needs a value")
                 continue
             value = words.pop(0)
-        section, dot, field = flag.partition(".")
-        if section and dot and field:
-            flags[flag] = value
-        elif section in _settings():
-            first = next(iter(_settings()[section]))
-            problems.append(f"--{flag} is a section, not a setting: write --{section}.{first} for one of its fields")
+        if flag in own:
+            split.own[flag] = value
+        elif problem := _not_a_setting(flag, own):
+            split.problems.append(problem)
         else:
-            problems.append(f"--{flag} is not a setting{_nearest([section])}")
-    return names, flags, problems
+            split.flags[flag] = value
+    return split
 
 
-def _validate(values: dict[str, Any], path: Path, flags: Mapping[str, str]) -> tuple[Config | None, list[str]]:
+def _not_a_setting(flag: str, own: Collection[str]) -> str | None:
+    section, _, field = flag.partition(".")
+    if section and field:
+        return None
+    if section in all_settings():
+        first = next(iter(all_settings()[section]))
+        return f"--{flag} is a section, not a setting: write --{section}.{first} for one of its fields"
+    return f"--{flag} is not a setting{nearest([section]) or did_you_mean(section, own)}"
+
+
+def _validate(values: dict[str, Any], path: Path | None, flags: Mapping[str, str]) -> tuple[Config | None, list[str]]:
     # `optim:` with nothing under it means its defaults.
     present = {section: fields for section, fields in values.items() if fields is not None}
     try:
@@ -194,47 +238,19 @@ def _validate(values: dict[str, Any], path: Path, flags: Mapping[str, str]) -> t
         return None, [_sentence(details, path, flags) for details in reversed(first.values())]
 
 
-def _sentence(details: ErrorDetails, path: Path, flags: Mapping[str, str]) -> str:
+def _sentence(details: ErrorDetails, path: Path | None, flags: Mapping[str, str]) -> str:
     location = [str(part) for part in details["loc"] if not _is_union_tag(part)]
     dotted = ".".join(location)
     flag = ".".join(location[:2])
     where = f"--{dotted}" if flag in flags or dotted in flags else f"{path}: {dotted}" if dotted else f"{path}"
     if details["type"] == "extra_forbidden":
-        return f"{where.rstrip('.')} is not a setting{_nearest(location)}"
+        return f"{where.rstrip('.')} is not a setting{nearest(location)}"
     message = details["msg"].removeprefix("Value error, ")
     if not location:
-        return f"{path}: {message}"
-    return f"{where} is {details['input']!r}: {message[:1].lower()}{message[1:]}"
+        return message if path is None else f"{path}: {message}"
+    return f"{where} is {shortened(details['input'])}: {message[:1].lower()}{message[1:]}"
 
 
 def _is_union_tag(part: int | str) -> bool:
     """pydantic puts the member of a union into the location, where no user wrote it."""
     return (isinstance(part, str) and not part.replace("_", "").isalnum()) or part in ("float", "int", "str")
-
-
-def _nearest(location: Sequence[str]) -> str:
-    settings = _settings()
-    other = OTHER_NAMES.get(location[-1].lower().replace("-", "_")) if len(location) <= 2 else None
-    if other:
-        return f"; did you mean '{other}'?"
-    if len(location) == 1:
-        owner = [section for section, fields in settings.items() if location[0] in fields]
-        if owner:
-            return f"; did you mean '{owner[0]}.{location[0]}'?"
-        return did_you_mean(location[0], settings)
-    if len(location) > 2:
-        return did_you_mean(location[-1], Source.model_fields)
-    section, field = location
-    owner = [other for other, fields in settings.items() if field in fields]
-    if owner:
-        return f"; did you mean '{owner[0]}.{field}'?"
-    return did_you_mean(field, settings.get(section, {}))
-
-
-def _settings() -> dict[str, dict[str, Any]]:
-    sections: dict[str, dict[str, Any]] = {}
-    for name, field in Config.model_fields.items():
-        assert isinstance(field.annotation, type)
-        assert issubclass(field.annotation, BaseModel)
-        sections[name] = dict(field.annotation.model_fields)
-    return sections

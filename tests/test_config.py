@@ -2,12 +2,16 @@
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from yaml.composer import Composer
 
+import train
 from chatlora.config import Config, OptimConfig, changed_settings, trajectory_hash, with_absolute_paths
 from chatlora.config_files import PRESETS, config_from_file, config_text, help_text, load_config
 from chatlora.errors import ConfigError
@@ -36,7 +40,10 @@ def test_flags_go_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
         "--data.train=[b.jsonl, {path: c.csv, repeat: 2}]",
         "--model.chat_template_kwargs",
         "{enable_thinking: false}",
+        "--data.system",
+        "[INST] {a",
     )
+    assert config.data.system == "[INST] {a"
     assert config.optim.learning_rate == 3e-4
     assert config.optim.epochs == 2
     assert config.optim.global_batch_size == OptimConfig().global_batch_size
@@ -84,6 +91,148 @@ def test_broken_files_name_themselves(tmp_path: Path, yaml: str, sentence: str) 
     told = problems(tmp_path, yaml)
     assert sentence in told
     assert "my.yaml" in told
+
+
+def bomb(level: str) -> str:
+    """Twelve lines that stand for 10 ** 11 values."""
+    lines = ["a0: &a0 {k: v}"]
+    for number in range(1, 12):
+        aliases = ", ".join([f"*a{number - 1}"] * 10)
+        lines.append(f"a{number}: &a{number} {level.format(aliases)}")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "sentence"),
+    [
+        (
+            "model: {chat_template_date: 2026-13-45}",
+            "line 1, column 29: '2026-13-45' looks like a value of type timest",
+        ),
+        (
+            "lora: {rank: 0b_}",
+            "line 1, column 14: '0b_' looks like a value of type int and is none: put text in quotes",
+        ),
+        ("lora: {rank: " + "9" * 5000 + "}", "line 1, column 14: '9999999"),
+        ("lora: {rank: !!bool x}", "line 1, column 14: 'x' looks like a value of type bool"),
+        ("{? [a] : b}", "line 1, column 4: a key is a list or a mapping"),
+        ("data: {train: " + "[" * 5000 + "]" * 5000 + "}", "line 1, column 113: lists and mappings are nested more"),
+        ("data:\n  train: " + "- " * 5000, "line 2, column"),
+        (bomb("[{}]"), "line 5, column 20: aliases stand for more than 10,000 values"),
+        (bomb("{{<<: [{}]}}"), "line 5, column 20: aliases stand for more than 10,000 values"),
+        ("data: &a {train: [*a]}", "line 1, column 19: an alias stands within what it names"),
+        ("optim: {<<: 3}", "expected a mapping or list of mappings for merging"),
+        ("lora: !!python/name:os.system", "could not determine a constructor"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_odd_yaml_is_one_sentence(tmp_path: Path, yaml: str, sentence: str) -> None:
+    told = problems(tmp_path, yaml)
+    assert "my.yaml is not valid YAML at line " in told
+    assert sentence in told
+    assert len(told.splitlines()) == 2
+    assert len(told) < 1000
+
+
+def test_no_more_is_composed_than_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted, not timed: after the sentence is due, nothing more of the text is looked at."""
+    composed = 0
+    compose = Composer.compose_node
+
+    def counted(self: Composer, parent: Any, index: Any) -> Any:
+        nonlocal composed
+        composed += 1
+        return compose(self, parent, index)
+
+    monkeypatch.setattr(Composer, "compose_node", counted)
+    for yaml in ("[" * 5000, bomb("[{}]"), bomb("{{<<: [{}]}}")):
+        problems(tmp_path, yaml)
+    assert composed < 500
+
+
+def test_merge_keys_bring_what_a_mapping_does_not_say_itself(tmp_path: Path) -> None:
+    text = """
+    model: {chat_template_kwargs: {first: &a {x: 1, y: 2}, second: {<<: *a, y: 3}, third: {<<: [*a, {z: 4}]}}}
+    data: &base {train: a.jsonl, max_length: 64}
+    """
+    given = load(tmp_path, text).model.chat_template_kwargs
+    assert given["second"] == {"x": 1, "y": 3}
+    assert given["third"] == {"x": 1, "y": 2, "z": 4}
+    twice = "model: {chat_template_kwargs: {b: &b {x: 1}, a: &a {<<: *b, x: 2}, c: {<<: *a, x: 3}}}"
+    assert load(tmp_path, twice).model.chat_template_kwargs["c"] == {"x": 3}
+    assert "'x' stands twice" in problems(tmp_path, "lora: {<<: {rank: 2}, x: 1, x: 2}")
+
+
+def test_settings_alone_go_over_the_defaults_and_the_demo_is_an_empty_command_line() -> None:
+    words = ["--model.name_or_path", "m", "--data.train", "d/my rows.jsonl"]
+    loaded = load_config(words, default="demo")
+    assert loaded.config == Config.model_validate(
+        {"model": {"name_or_path": "m"}, "data": {"train": "d/my rows.jsonl"}}
+    )
+    assert (loaded.name, loaded.origin) == ("my-rows", "defaults")
+    demo = load_config([], default="demo")
+    assert demo.config == config_from_file(PRESETS / "demo.yaml")
+    assert (demo.name, demo.origin, demo.given) == ("demo", "preset demo", "")
+    assert load_config(["demo", *words], default="demo").config.optim == demo.config.optim
+    with pytest.raises(ConfigError, match=r"--data\.train is not given.* as in `demo --optim\.epochs 2`"):
+        load_config(["--optim.epochs", "2"], default="demo")
+
+
+def test_the_start_says_what_runs(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("optim: {epochs: 0.5, max_steps: 2000, schedule: linear, warmup_ratio: 0}")
+    words = [str(tmp_path / "my.yaml"), "--data.train", "a b.jsonl", "--optim.learning_rate=1e-4"]
+    assert load_config(words, default="demo").lines() == [
+        f"{tmp_path}/my.yaml: epochs 0.5, max_steps 2,000, 16 examples a step, learning rate 0.0001 (linear, 0% "
+        "warm-up), max_length 2,048",
+        "on the command line: --data.train 'a b.jsonl' --optim.learning_rate 1e-4",
+    ]
+    assert load_config([], default="demo").lines() == [
+        "preset demo: epochs 1, 8 examples a step, learning rate 0.002 (cosine, 3% warm-up), max_length 512"
+    ]
+
+
+def test_a_run_of_settings_alone_begins_with_what_it_goes_by(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CHATLORA_CACHE", str(world / "cache"))
+    monkeypatch.chdir(tmp_path)
+    words = ["--model.name_or_path", str(world / "model"), "--data.train", str(world / "rows.jsonl")]
+    words += ["--data.max_length", "256", "--optim.max_steps", "1", "--run.precision", "fp32"]
+    train.main(words)
+    told = capsys.readouterr().err.splitlines()
+    assert told[:2] == [
+        "defaults: epochs 3, max_steps 1, 16 examples a step, learning rate 0.0002 (cosine, 3% warm-up), "
+        "max_length 256",
+        f"on the command line: {shlex.join(words)}",
+    ]
+    assert any(line.startswith("1 steps of 16 examples") for line in told)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert run_dir.name.startswith("rows-")
+    assert config_from_file(run_dir / "config.yaml").optim.learning_rate == 2e-4
+
+
+def test_what_lies_beside_the_file_and_not_here_is_told_with_the_path_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    for folder in (home / "parts", home / "model", here):
+        folder.mkdir(parents=True)
+    (home / "rows.jsonl").touch()
+    (home / "parts" / "1.jsonl").touch()
+    monkeypatch.chdir(here)
+    text = "model: {name_or_path: model}\ndata: {train: [rows.jsonl, parts/*.jsonl, owner/name], test: rows.jsonl}"
+    (home / "my.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(["../home/my.yaml", "--data.test", "rows.jsonl"], default="demo")
+    place = "../home/my.yaml:"
+    assert caught.value.problems == (
+        f"{place} model.name_or_path is model, which is not under {here}: write {home / 'model'}; if one of the hub is "
+        "meant, give it as --model.name_or_path model",
+        f"{place} data.train is rows.jsonl, which is not under {here}: write {home / 'rows.jsonl'}",
+        f"{place} data.train is parts/*.jsonl, which is not under {here}: write {home / 'parts/*.jsonl'}",
+    )
+    monkeypatch.chdir(home)
+    assert load_config(["my.yaml"], default="demo").config.data.train[0].path == "rows.jsonl"
 
 
 def test_a_missing_file_and_an_unknown_preset(tmp_path: Path) -> None:
@@ -147,7 +296,11 @@ def test_a_test_share_alters_the_trajectory_and_test_rows_do_not() -> None:
         (["--optim.lr", "3"], "--optim.lr is not a setting; did you mean 'optim.learning_rate'?"),
         (["--lr", "3"], "--lr is not a setting; did you mean 'optim.learning_rate'?"),
         (["--rank", "3"], "--rank is not a setting; did you mean 'lora.rank'?"),
-        (["--data.train", "{path: x"], "--data.train is '{path: x', which is not valid YAML"),
+        (["--data.train", "{path: x"], "--data.train '{path: x' is not valid YAML at line 1, column 9"),
+        (["--data.train", "[" * 5000], "is not valid YAML at line 1, column 101: lists and mappings are nested more"),
+        (["--data.train", f"[&a [x], {'*a, ' * 9000}*a]"], "aliases stand for more than 10,000 values"),
+        (["--data.train", "[2026-13-45]"], "'2026-13-45' looks like a value of type timestamp and is none"),
+        (["--style", "chatglm3"], "--style is not a setting; did you mean 'evaluation.style'?"),
         (["--data.train", ""], "--data.train.0.path is ''"),
         (["--data.validation", "null"], "--data.validation is None: a share of the training rows is expected"),
         (["--data.validation", "true"], "--data.validation is 'true': a share of the training rows is expected"),

@@ -14,7 +14,8 @@ PACKAGE = REPOSITORY / "chatlora"
 # From the ground up. A room imports from its own layer and from those below it.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "cache", "disk", "hub", "progress", "scripts"}),
-    frozenset({"config", "config_files", "config_rows", "run_log", "run_directory", "run_lock", "embedded_model"}),
+    frozenset({"config", "config_rows", "config_files", "settings", "yaml_text"}),
+    frozenset({"run_log", "run_directory", "run_lock", "embedded_model"}),
     frozenset({"reading"}),
     frozenset({"rendering"}),
     frozenset({"data"}),

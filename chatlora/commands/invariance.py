@@ -38,6 +38,8 @@ def run(argv: Sequence[str]) -> None:
             if runtime.is_main:
                 print_line(line)
 
+        for line in loaded.lines():
+            say(line)
         certificate = certify(config, runtime, say)
         if runtime.is_main:
             show(certificate)

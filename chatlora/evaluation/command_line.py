@@ -2,38 +2,42 @@
 
 import argparse
 import json
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
 
-import yaml
-from pydantic import TypeAdapter, ValidationError
-
-from chatlora.config import Config, Precision, Source, Sources, Style
-from chatlora.config_files import config_from_file
-from chatlora.errors import ChatLoraError, ConfigError
+from chatlora.config import Config, Source
+from chatlora.config_files import config_from_file, read_config, split_words, stem_of
+from chatlora.errors import ConfigError
+from chatlora.settings import known_settings, settings_text
 
 USAGE = """
-  accelerate launch evaluate.py RUN_DIR [--split test] [--compare base]
-  accelerate launch evaluate.py --model M [--adapter A] --data F [--compare base] [--output_dir D]
+  accelerate launch evaluate.py RUN_DIR [--split test] [--compare base] [--section.field VALUE ...]
+  accelerate launch evaluate.py --model M [--adapter A] --data F [--compare base] [--section.field VALUE ...]
   python evaluate.py --predictions FILE.jsonl          (needs no model)"""
 SPLITS = ("test", "validation")
 MODEL, ADAPTER, BASE = "model", "adapter", "base"  # a model without an adapter; with it; the same with it switched off
 
-# Where an option stands in a run's settings.
-PLACES = {
-    "model": "model.name_or_path",
-    "chat_template": "model.chat_template",
-    "system": "data.system",
-    "data": "data.test",
-    "style": "evaluation.style",
-    "max_new_tokens": "evaluation.max_new_tokens",
-    "max_prompt_length": "evaluation.max_prompt_length",
-    "precision": "run.precision",
-}
+OWN = ("model", "adapter", "data", "split", "compare", "predictions", "output_dir")
+SHORT = {"model": "model.name_or_path", "data": "data.test"}  # own words that are settings
+SETTINGS = (
+    *SHORT.values(),
+    "model.revision",
+    "model.chat_template",
+    "model.chat_template_kwargs",
+    "model.chat_template_date",
+    "data.system",
+    "data.over_length",
+    "data.on_bad_row",
+    "data.supervise",
+    "evaluation.max_new_tokens",
+    "evaluation.max_prompt_length",
+    "evaluation.max_tokens_per_batch",
+    "evaluation.style",
+    "run.precision",
+    "run.cpu_threads",
+)
+SETTINGS_OF_SCORES = ("evaluation.style",)  # all that matters where predictions are at hand
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,6 @@ class Request:
     of_run: bool = False
     sources: tuple[Source, ...] = ()  # the rows to evaluate on
     compare_base: bool = False
-    max_tokens_per_batch: int | None = None
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -67,34 +70,56 @@ class Request:
 
 
 def parse(argv: Sequence[str]) -> Request:
-    """Raises ConfigError; `--help` and words that are no option leave through argparse, with exit status 0 and 2."""
-    given = parser().parse_args(list(argv))
-    problems = list(_conflicts(given))
+    """Raises ConfigError with every mistake."""
+    words = split_words(argv, OWN)
+    try:
+        given = parser().parse_args([*words.names[:1], *(f"--{word}={value}" for word, value in words.own.items())])
+    except argparse.ArgumentError as error:
+        raise ConfigError(*words.problems, str(error)) from None
+    problems = _written_twice(given, words.flags)
+    _as_words(given, words.flags)
+    problems += [*_conflicts(given, words.names), *_useless(given, words.flags)]
     if problems:
-        raise ConfigError(*problems)
-    split = given.split or "test"
+        raise ConfigError(*words.problems, *problems)
+    shorts = {setting: getattr(given, word) for word, setting in SHORT.items()}
+    flags = words.flags | {setting: value for setting, value in shorts.items() if value is not None}
     if given.predictions is not None:
-        config = _with_overrides(Config(), given)
         folder = given.output_dir or Path("eval") / given.predictions.stem
-        return _refuse_other_results(Request(config, folder, given.predictions))
+        return _refuse_other_results(Request(read_config(None, flags, words.problems), folder, given.predictions))
+    split = given.split or "test"
     if given.run_dir is not None:
-        config, home = _config_of_run(given.run_dir), given.run_dir / "eval"
+        config, home = _config_of_run(given.run_dir, flags, words.problems), given.run_dir / "eval"
         adapter = given.adapter or given.run_dir / "adapter"
     else:
-        config, home, adapter = Config(), Path("eval"), given.adapter
-    config = _with_overrides(config, given)
+        config, home, adapter = read_config(None, flags, words.problems), Path("eval"), given.adapter
+    if given.data is not None and isinstance(config.data.test, float):
+        raise ConfigError(
+            f"--data is {given.data}, a share: name the rows themselves; those that a run held out are its --split test"
+        )
     sources = _sources(config, given, split)
     request = Request(
         config,
-        given.output_dir or home / (_stem(sources[0].path) if given.data else split),
+        given.output_dir or home / (stem_of(sources[0].path) if given.data else split),
         adapter=adapter,
         split=split,
         of_run=given.run_dir is not None,
         sources=sources,
         compare_base=given.compare is not None,
-        max_tokens_per_batch=given.max_tokens_per_batch,
     )
     return _refuse_other_results(request)
+
+
+def _as_words(given: argparse.Namespace, flags: Mapping[str, str]) -> None:
+    """What was said in another way: a run by the adapter in it, the model or the rows by the setting's own name."""
+    folder = given.run_dir
+    if folder is not None and given.adapter is None and (folder / "adapter_config.json").is_file():
+        run_dir = folder.resolve().parent if folder.name in ("", "..") else folder.parent
+        if (run_dir / "config.yaml").is_file():
+            given.run_dir, given.adapter = run_dir, folder
+    if given.predictions is None:
+        given.data = given.data or flags.get("data.test")
+        if given.run_dir is None:  # beside a run it says where its base model is now
+            given.model = given.model or flags.get("model.name_or_path")
 
 
 def _refuse_other_results(request: Request) -> Request:
@@ -144,26 +169,14 @@ def _sources(config: Config, given: argparse.Namespace, split: str) -> tuple[Sou
     return sources
 
 
-def _stem(data: str) -> str:
-    """A folder's name from a file, a glob, a hub data set: `d/test*.jsonl` -> `test`."""
-    return re.sub(r"[^\w.-]+", "-", Path(data).stem).strip("-.") or "data"
-
-
-@contextmanager
-def told_as_options(request: Request) -> Iterator[None]:
-    """Within, an error names the options of evaluate.py and not a run's settings, which its reader did not write."""
-    options = {place: f"--{option}" for option, place in PLACES.items() if not (request.of_run and option == "model")}
-    # Whole names only: rows may lie in a file data.test.jsonl.
-    names = re.compile(rf"(?<![\w./-])({'|'.join(map(re.escape, options))})(?![\w/-]|\.\w)")
-    try:
-        yield
-    except ChatLoraError as error:
-        error.problems = tuple(names.sub(lambda found: options[found[0]], problem) for problem in error.problems)
-        raise
+def help_text() -> str:
+    """What `--help` prints."""
+    settings = settings_text([setting for setting in SETTINGS if setting not in SHORT.values()])
+    return f"{parser().format_help()}\nsettings, in place of the run's own or the defaults:\n{settings}\n"
 
 
 def parser() -> argparse.ArgumentParser:
-    words = argparse.ArgumentParser("evaluate.py", usage=USAGE, allow_abbrev=False, add_help=True)
+    words = argparse.ArgumentParser("evaluate.py", usage=USAGE, allow_abbrev=False, add_help=False, exit_on_error=False)
     words.add_argument(
         "run_dir", nargs="?", type=Path, metavar="RUN_DIR", help="a finished run: its adapter is evaluated"
     )
@@ -178,30 +191,27 @@ def parser() -> argparse.ArgumentParser:
         "--predictions", type=Path, metavar="FILE.jsonl", help="score these: prediction, reference a line"
     )
     words.add_argument("--output_dir", type=Path, metavar="D", help="[RUN_DIR/eval/SPLIT; without a run, eval/STEM]")
-    settings = words.add_argument_group("settings, in place of the run's own")
-    settings.add_argument("--style", choices=get_args(Style), help="how ROUGE and BLEU are computed [chatlora]")
-    settings.add_argument("--max_new_tokens", type=_positive, metavar="N", help="longest answer, in tokens [512]")
-    settings.add_argument("--max_prompt_length", type=_positive, metavar="N", help="longest prompt [data.max_length]")
-    settings.add_argument("--system", metavar="TEXT", help="system prompt of conversations that have none")
-    settings.add_argument("--chat_template", type=Path, metavar="FILE", help="a Jinja file, for a model without one")
-    settings.add_argument("--precision", choices=get_args(Precision), help="of the base model [auto]")
-    settings.add_argument(
-        "--max_tokens_per_batch",
-        type=_positive,
-        metavar="N",
-        help="prompts and answers of one batch, padding included [what half of the free memory takes, 2 GiB on CPU]",
-    )
     return words
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
+def _written_twice(given: argparse.Namespace, flags: Mapping[str, str]) -> list[str]:
+    return [
+        f"--{word} and --{setting} are one setting: leave one of them out"
+        for word, setting in SHORT.items()
+        if getattr(given, word) is not None and setting in flags
+    ]
 
 
-def _conflicts(given: argparse.Namespace) -> list[str]:
+def _useless(given: argparse.Namespace, flags: Mapping[str, str]) -> list[str]:
+    """What was given and would change nothing. What is no setting at all is told by who reads the settings."""
+    useful, where = (SETTINGS, "evaluate.py") if given.predictions is None else (SETTINGS_OF_SCORES, "--predictions")
+    words = [] if given.predictions is None else ["adapter", "data", "split", "compare"]
+    useless = [word for word in words if getattr(given, word) is not None]
+    useless += [flag for flag in flags if flag in known_settings() and flag not in useful]
+    return [f"--{name} has no use with {where}: leave it out" for name in useless]
+
+
+def _conflicts(given: argparse.Namespace, names: Sequence[str]) -> list[str]:
     sources = {"RUN_DIR": given.run_dir, "--model": given.model, "--predictions": given.predictions}
     named = [name for name, value in sources.items() if value is not None]
     problems = []
@@ -216,43 +226,16 @@ def _conflicts(given: argparse.Namespace) -> list[str]:
         problems.append(f"--split {given.split} and --data both name the rows to evaluate on: leave one of them out")
     if given.model is not None and given.adapter is None and given.compare:
         problems.append("--compare base compares an adapter with its base model: give --adapter, or leave it out")
-    if given.predictions is not None:
-        unused = ["adapter", "data", "split", "compare", "max_new_tokens", "max_prompt_length", "system"]
-        unused += ["chat_template", "precision", "max_tokens_per_batch"]
-        useless = [name for name in unused if getattr(given, name) is not None]
-        problems += [f"--{name} has no use with --predictions: leave it out" for name in useless]
+    if len(names) > 1:
+        problems.append(f"one run at a time, but {len(names)} were given: {', '.join(names)}")
     return problems
 
 
-def _config_of_run(run_dir: Path) -> Config:
-    if not run_dir.is_dir():
-        raise ConfigError(f"{run_dir} is not a folder: give a run directory, or a model with --model M --data F")
-    if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(
-            f"{run_dir} is no run directory (it holds no config.yaml); for a model use --model M --data F"
-        )
-    return config_from_file(run_dir / "config.yaml")
-
-
-def _with_overrides(config: Config, given: argparse.Namespace) -> Config:
-    """Checked anew by pydantic: `model_copy` alone would take anything."""
-    values: dict[str, dict[str, Any]] = config.as_dict()
-    for option, place in PLACES.items():
-        value, (section, field) = getattr(given, option), place.split(".")
-        if value is not None:
-            values[section][field] = str(value) if isinstance(value, Path) else value
-    if given.data is not None:
-        values["data"]["test"] = _rows_named(given.data)
-    return Config.model_validate(values)
-
-
-def _rows_named(data: str) -> tuple[Source, ...]:
-    """`F`, `{path: F, columns: {...}}` or a list of these, as train.py's --data.test takes them."""
-    try:
-        value = yaml.safe_load(data) if data[:1] in ("[", "{") else data
-        return TypeAdapter(Sources).validate_python(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--data is {data!r}, which is not valid YAML: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        problems = [f"--data: {'.'.join(map(str, each['loc'])) or data}: {each['msg']}" for each in error.errors()]
-        raise ConfigError(*problems) from None
+def _config_of_run(run_dir: Path, flags: Mapping[str, str], problems: Sequence[str]) -> Config:
+    if (run_dir / "config.yaml").is_file():
+        return config_from_file(run_dir / "config.yaml", flags, problems)
+    fault = "is no run directory (it holds no config.yaml)" if run_dir.is_dir() else "is not a folder"
+    runs = [parent for parent in run_dir.absolute().parents if (parent / "config.yaml").is_file()]
+    adapter = f" --adapter {run_dir}" if (run_dir / "adapter_config.json").is_file() else ""
+    hint = f"did you mean {runs[0]}?" if runs else f"give one, or a model with --model M{adapter} --data F"
+    raise ConfigError(*problems, f"{run_dir} {fault}; {hint}")

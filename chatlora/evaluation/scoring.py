@@ -1,29 +1,39 @@
-"""Predictions -> predictions.jsonl with each sample's scores, scores.json, status.json. No torch."""
+"""Predictions -> predictions.jsonl with each sample's scores, scores.json, status.json; and scores of an earlier time.
 
+No torch.
+"""
+
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from chatlora.config import Style
-from chatlora.disk import write_json
+from chatlora.disk import sha256_of, write_json
 from chatlora.errors import ChatLoraError, Stopped
+from chatlora.evaluation.command_line import Request
+from chatlora.evaluation.console import show_scores
 from chatlora.evaluation.metrics import Scores, score
 from chatlora.evaluation.predictions import Prediction, write_predictions
+from chatlora.reading.scan import inputs_of
+from chatlora.run_directory import read_status
 
 
 def score_into(
-    folder: Path, predictions: Sequence[Prediction], style: Style, facts: Mapping[str, Any]
+    folder: Path, predictions: Sequence[Prediction], style: Style, metadata: Mapping[str, Any]
 ) -> tuple[list[Prediction], Scores]:
-    """Score, and write `folder`/predictions.jsonl and scores.json. facts: what else scores.json should say."""
+    """Score, and write `folder`/predictions.jsonl and scores.json. metadata: what else scores.json should say."""
     scores = score_predictions(predictions, style)
     scored = [
         replace(prediction, scores=sample) for prediction, sample in zip(predictions, scores.per_sample, strict=True)
     ]
     folder.mkdir(parents=True, exist_ok=True)
     write_predictions(folder / "predictions.jsonl", scored)
-    write_json(folder / "scores.json", summary(scored, scores, style, facts))
+    write_json(folder / "scores.json", summary(scored, scores, style, metadata))
     return scored, scores
 
 
@@ -39,7 +49,7 @@ def score_predictions(predictions: Sequence[Prediction], style: Style) -> Scores
 
 
 def summary(
-    predictions: Sequence[Prediction], scores: Scores, style: Style, facts: Mapping[str, Any]
+    predictions: Sequence[Prediction], scores: Scores, style: Style, metadata: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The content of scores.json."""
     references = [prediction.reference for prediction in predictions]
@@ -53,8 +63,52 @@ def summary(
         "style": style,
         "empty_predictions": sum(not prediction.prediction.strip() for prediction in predictions),
         "cut_off": sum(prediction.stop_reason == "length" for prediction in predictions),
-        **facts,
+        **metadata,
     }
+
+
+def inputs_of_request(request: Request) -> dict[str, Any]:
+    """All that scores of a run depend on, files by the sha256 of what stands in them. For scores.json."""
+    data, evaluation = request.config.data, request.config.evaluation
+    return {
+        "adapter_sha256": None if request.adapter is None else sha256_of(request.adapter / "adapter_model.safetensors"),
+        "data_sha256": [each.sha256 for each in inputs_of(request.sources, "test")],
+        "max_new_tokens": evaluation.max_new_tokens,
+        "max_prompt_length": evaluation.max_prompt_length or data.max_length,
+        "style": evaluation.style,
+        "on_bad_row": data.on_bad_row,
+    }
+
+
+def show_earlier_scores(request: Request) -> bool:
+    """Show the scores that stand in the folders of this request: none is made twice of the same adapter and rows.
+
+    False where one of the folders holds none, or those of something else.
+    """
+    wanted = inputs_of_request(request)
+    found = {name: _scores_in(folder, wanted) for name, folder in request.folders.items()}
+    scores = {name: each for name, each in found.items() if each is not None}
+    if len(scores) < len(found):
+        return False
+    console = Console()
+    show_scores(console, scores)
+    for name, folder in request.folders.items():
+        console.print(f"{name}: was written to {folder}", highlight=False, markup=False)
+    return True
+
+
+def _scores_in(folder: Path, wanted: Mapping[str, Any]) -> Scores | None:
+    if read_status(folder).get("state") != "done":
+        return None
+    try:
+        told = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        if told["inputs"] != wanted:
+            return None
+        values = {name: score["value"] for name, score in told["scores"].items()}
+        signatures = {name: score["signature"] for name, score in told["scores"].items()}
+        return Scores(values, signatures, per_sample=[{}] * told["samples"])
+    except (OSError, ValueError, KeyError, TypeError):  # not there, broken, or of an older version
+        return None
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What happens before the generation pass and after it: from a Request to the actors of `generate`, and to scores."""
+"""What happens before the generation pass and after it: from a Request to what `generate` takes, and to scores."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,13 +12,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from chatlora.cache import cache_root
 from chatlora.data.evaluation_set import EvalSample, prepare_evaluation_data
 from chatlora.data.ledger import summary_lines
-from chatlora.distributed import memory
-from chatlora.distributed.memory import out_of_memory_told
+from chatlora.distributed.memory import not_loaded, out_of_memory_told
 from chatlora.distributed.runtime import Runtime
 from chatlora.distributed.zero3 import layer_by_layer, refuse_stacked_experts
 from chatlora.evaluation.command_line import BASE, Request
 from chatlora.evaluation.console import show_samples, show_scores
-from chatlora.evaluation.earlier import inputs_of_request
 from chatlora.evaluation.generation import (
     Budget,
     Model,
@@ -31,7 +29,7 @@ from chatlora.evaluation.generation import (
     group,
     only_these_settings,
 )
-from chatlora.evaluation.scoring import score_into, told_in
+from chatlora.evaluation.scoring import inputs_of_request, score_into, told_in
 from chatlora.evaluation.sharding import collect, mark_complete, open_parts, remove_parts, shard_batches
 from chatlora.model.adapter_folder import as_adapter_was_trained
 from chatlora.model.folder import find_adapter
@@ -42,27 +40,25 @@ from chatlora.rendering.renderer import Renderer
 
 
 @dataclass(frozen=True)
-class Actors:
-    """Who plays in `generate`, for one process."""
+class Generation:
+    """All that one process generates with, and what it generates."""
 
     runtime: Runtime
     model: Model
     tokenizer: PreTrainedTokenizerBase
     samples: Sequence[EvalSample]
-    share: Sequence[
-        Sequence[EvalSample]
-    ]  # the batches of this process; empty ones where it only keeps the others company
+    own_batches: Sequence[Sequence[EvalSample]]  # empty ones where this process only keeps the others company
     settings: GenerationConfig
     budget: Budget
-    facts: dict[str, Any]  # what scores.json says beside the scores
+    metadata: dict[str, Any]  # what scores.json says beside the scores
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """input_ids, attention_mask: [B, P], left-padded; samples and output_ids, which no model may see."""
-        for batch in self.share:
+        for batch in self.own_batches:
             yield collate(batch, self.settings.pad_token_id)
 
     @contextmanager
-    def on_stage(self, name: str, part: Path) -> Iterator[Results]:
+    def answering(self, name: str, part: Path) -> Iterator[Results]:
         """Within, the model is what `name` says, and what it answers goes into `part`, this process's file."""
         with ExitStack() as within:
             within.enter_context(layer_by_layer(self.model))
@@ -76,13 +72,13 @@ class Actors:
 
     @contextmanager
     def _progress(self, name: str) -> Iterator[Callable[[Sequence[EvalSample], int], None]]:
-        """Process 0 shows how far its own share is."""
+        """Process 0 shows how far it is with its own batches."""
         longest = self.settings.max_new_tokens
-        whole = sum(cost(batch, longest) for batch in self.share if batch)
+        whole = sum(cost(batch, longest) for batch in self.own_batches if batch)
         if not self.runtime.is_main or not whole:
             yield lambda samples, num_tokens: None
             return
-        count = sum(len(batch) for batch in self.share)
+        count = sum(len(batch) for batch in self.own_batches)
         progress = Progress(f"generating, {name}", count, unit="tokens", work=whole)
         try:
             yield lambda samples, num_tokens: progress.advance(
@@ -92,20 +88,21 @@ class Actors:
             progress.close()
 
 
-def set_up(request: Request, runtime: Runtime) -> Actors:
+def set_up(request: Request, runtime: Runtime) -> Generation:
     """The rows rendered and proved, the model and its adapter loaded, the samples dealt in batches to the processes."""
     say = print_line if runtime.is_main else _say_nothing
     adapter = None if request.adapter is None else find_adapter(request.adapter)
     if adapter is not None and not request.of_run:  # a run's config says it all
-        model_settings = as_adapter_was_trained(request.config.model, adapter)
-        request = replace(request, config=request.config.model_copy(update={"model": model_settings}))
+        given = {name: getattr(request.config.model, name) for name in request.config.model.model_fields_set}
+        settings = as_adapter_was_trained(request.config.model, adapter).model_copy(update=given)
+        request = replace(request, config=request.config.model_copy(update={"model": settings}))
     config = request.config
     tokenizer = load_tokenizer(config.model, adapter)
     renderer = _renderer(request, tokenizer)
     samples, ledger = _samples(request, renderer)
     for line in summary_lines(ledger):
         say(line)
-    with memory.out_of_memory_told(memory.not_loaded(config.model.name_or_path, runtime)):
+    with out_of_memory_told(not_loaded(config.model.name_or_path, runtime)):
         model: Model = runtime.move_to_device(load_base_model(config.model, dtype=runtime.dtype)).eval()
         if adapter is not None:
             model = load_adapter(model, adapter)
@@ -118,27 +115,27 @@ def set_up(request: Request, runtime: Runtime) -> Actors:
     pad_token_id = min(stop_ids) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     fair = max(1, -(-len(samples) // runtime.num_processes))  # no process is idle for want of a batch
     tokens = int(runtime.broadcast_text(str(fitting.tokens)))  # free memory differs, and all must cut the same batches
-    budget = Budget(request.max_tokens_per_batch or tokens, min(fitting.rows, fair))
+    budget = Budget(config.evaluation.max_tokens_per_batch or tokens, min(fitting.rows, fair))
     batches = group(samples, budget, longest)
-    shares = [
+    dealt = [
         shard_batches(batches, lambda batch: cost(batch, longest), rank, runtime.num_processes)
         for rank in range(runtime.num_processes)
     ]
-    mine = shares[runtime.rank]
+    own_batches = dealt[runtime.rank]
     if runtime.is_sharded:  # a forward pass takes all processes: they generate equally often
-        mine = [*mine, *[[]] * (max(map(len, shares)) - len(mine))]
+        own_batches = [*own_batches, *[[]] * (max(map(len, dealt)) - len(own_batches))]
     references = sum(len(sample.references) for sample in samples)
     _note_limit(model, max(len(sample.input_ids) for sample in samples) + longest, say)
     say(f"{len(samples):,} prompts with {references:,} references in {len(batches):,} batches; {runtime.precision}")
     settings = greedy_settings(longest, stop_ids, pad_token_id)
-    facts = {
+    metadata = {
         "data": [source.path for source in request.sources],
         "set_aside": sum(len(source["set_aside"]) for source in ledger["sources"]),
         "decoding": {"greedy": True, "max_new_tokens": longest, "stop_ids": stop_ids, "precision": runtime.precision},
         "rendering": renderer.fingerprint,
         "inputs": inputs_of_request(replace(request, adapter=adapter)),
     }
-    return Actors(runtime, model, tokenizer, samples, mine, settings, budget, facts)
+    return Generation(runtime, model, tokenizer, samples, own_batches, settings, budget, metadata)
 
 
 def _note_limit(model: Model, needed: int, say: Callable[[str], None]) -> None:
@@ -146,7 +143,7 @@ def _note_limit(model: Model, needed: int, say: Callable[[str], None]) -> None:
     if limit is not None and needed > limit:
         say(
             f"the longest prompt and its answer may take {needed:,} tokens, but the model was made for {limit:,}: "
-            "lower --max_new_tokens or --max_prompt_length"
+            "lower evaluation.max_new_tokens or evaluation.max_prompt_length"
         )
 
 
@@ -181,14 +178,14 @@ def open_folders(folders: Mapping[str, Path], runtime: Runtime) -> Iterator[dict
         yield open_parts(folders, runtime.rank, runtime.num_processes, runtime.accelerator.wait_for_everyone)
 
 
-def score_and_show(actors: Actors, request: Request) -> None:
+def score_and_show(generation: Generation, request: Request) -> None:
     """All processes' parts merged, scored, written, and shown side by side. For process 0."""
-    wanted = [(sample.id, sample.turn) for sample in actors.samples]
+    wanted = [(sample.id, sample.turn) for sample in generation.samples]
     predictions, scores = {}, {}
     for name, folder in request.folders.items():
-        merged = collect(folder, actors.runtime.num_processes, wanted)
-        facts = request.evaluated(name) | actors.facts
-        predictions[name], scores[name] = score_into(folder, merged, request.config.evaluation.style, facts)
+        merged = collect(folder, generation.runtime.num_processes, wanted)
+        metadata = request.evaluated(name) | generation.metadata
+        predictions[name], scores[name] = score_into(folder, merged, request.config.evaluation.style, metadata)
         remove_parts(folder)
     console = Console()
     show_samples(console, predictions)
@@ -201,7 +198,7 @@ def does_not_fit(budget: Budget) -> str:
     """What to do where memory runs out while it generates."""
     return (
         f"a batch of up to {budget.rows} prompts and {budget.tokens:,} tokens does not fit; lower "
-        f"--max_tokens_per_batch (now {budget.tokens}) or --max_new_tokens"
+        f"evaluation.max_tokens_per_batch (now {budget.tokens}) or evaluation.max_new_tokens"
     )
 
 

@@ -185,7 +185,7 @@ def read_csv(path: Path, name: str) -> Rows:
             yield record if isinstance(record, BadRow) else _csv_row(header, record), place
 
 
-def _csv_records(records: "csv.Reader", name: str) -> Iterator[tuple[list[str] | BadRow, str]]:
+def _csv_records(records: Any, name: str) -> Iterator[tuple[list[str] | BadRow, str]]:
     """Each record that is not empty, with the line on which it begins; what ends the reading comes last."""
     place = f"{name}:1"
     try:

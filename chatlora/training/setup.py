@@ -66,7 +66,9 @@ def open_run(loaded: Loaded, runtime: Runtime) -> tuple[Config, RunDirectory, bo
     return config, run, answer["finished"]
 
 
-def say_what_runs(runtime: Runtime, run: RunDirectory) -> None:
+def say_what_runs(loaded: Loaded, runtime: Runtime, run: RunDirectory) -> None:
+    for line in loaded.lines():
+        run.say(line)
     run.say(f"{runtime.num_processes} process(es), {runtime.engine} on {runtime.hardware()}, {runtime.precision}")
     for note in runtime.notes:
         run.say(note)

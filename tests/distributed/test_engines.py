@@ -354,8 +354,8 @@ def test_evaluation_answers_every_sample_once_as_one_process_does(
     """More ranks than samples, numbers that do not divide, answers of different lengths, unequal shares."""
     lines = (world / "rows.jsonl").read_text(encoding="utf-8").splitlines()[:rows]
     (tmp_path / "held_out.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    flags = [str(alone), "--data", "held_out.jsonl", "--compare", "base", "--max_new_tokens", "12"]
-    flags += ["--max_tokens_per_batch", "400", "--precision", "fp32"]
+    flags = [str(alone), "--data", "held_out.jsonl", "--compare", "base", "--evaluation.max_new_tokens", "12"]
+    flags += ["--evaluation.max_tokens_per_batch", "400", "--run.precision", "fp32"]
     noting = f"from tests.engine_runs import note_generation; note_generation({str(tmp_path / 'info')!r})"
     assert server.run([*flags, "--output_dir", "one"], tmp_path, script="evaluate") == [0]
     environment = environment_of(config)

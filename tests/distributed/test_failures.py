@@ -42,7 +42,7 @@ def end(world: Path, folder: Path, config: str, where: str, how: str, adapter: P
     if script == "train":
         argv = [str(world / "my.yaml"), "--run.output_dir", str(folder / "run")]
     else:
-        argv = [str(adapter), "--data", str(world / "rows.jsonl"), "--max_new_tokens", "4"]
+        argv = [str(adapter), "--data", str(world / "rows.jsonl"), "--evaluation.max_new_tokens", "4"]
         argv += ["--output_dir", str(folder / "run")]
     told = launched(
         *(script, argv, folder),

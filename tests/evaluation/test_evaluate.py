@@ -47,13 +47,36 @@ def test_help_answers_without_heavy_imports() -> None:
         (["runs/x", "--model", "m", "--data", "f"], ["RUN_DIR and --model were given together"]),
         (["--model", "m"], ["--model needs --data"]),
         (["--model", "m", "--data", "f", "--compare", "base"], ["give --adapter"]),
-        (["--predictions", "p", "--data", "f", "--system", "s"], ["--data has no use", "--system has no use"]),
         (
-            ["--predictions", "p", "--split", "test", "--precision", "fp32"],
-            ["--split has no use", "--precision has no"],
+            ["--predictions", "p", "--data", "f", "--data.system", "s"],
+            ["--data has no use", "--data.system has no use"],
         ),
-        (["--model", "m", "--data", "{path: x"], ["--data is '{path: x', which is not valid YAML"]),
-        (["--model", "m", "--data", "{path: x, colums: {}}"], ["0.colums: Extra inputs"]),
+        (
+            ["--predictions", "p", "--split", "test", "--run.precision", "fp32"],
+            ["--split has no use", "--run.precision has no"],
+        ),
+        (["--predictions", "p", "--data.test", "f"], ["--data.test has no use with --predictions"]),
+        (["--model", "m", "--data", "{path: x"], ["--data.test '{path: x' is not valid YAML"]),
+        (
+            ["--model", "m", "--data", "{path: x, colums: {}}"],
+            ["--data.test.0.colums is not a setting; did you mean 'columns'"],
+        ),
+        (
+            ["--model", "m", "--data", "f", "--style", "chatglm3", "--evaluation.max_new_token", "0"],
+            ["--style is not a setting; did you mean 'evaluation.style'", "did you mean 'max_new_tokens'"],
+        ),
+        (["--model", "m", "--data", "f", "--max_tokens_per_batch", "9"], ["'evaluation.max_tokens_per_batch'"]),
+        (["--model", "m", "--data", "f", "--system=x", "--precision", "fp32"], ["'data.system'", "'run.precision'"]),
+        (
+            ["--predicions", "p", "--model", "m", "--data", "f"],
+            ["--predicions is not a setting; did you mean 'predict"],
+        ),
+        (["--model", "m", "--data", "f", "--evaluation.max_new_tokens", "0"], ["--evaluation.max_new_tokens is '0'"]),
+        (["--model", "m", "--data", "f", "--optim.epochs", "1"], ["--optim.epochs has no use with evaluate.py"]),
+        (["--model", "m", "--model.name_or_path", "n", "--data", "f"], ["--model and --model.name_or_path are one"]),
+        (["--model", "m", "--data", "f", "--split", "tset"], ["argument --split: invalid choice: 'tset'"]),
+        (["--model", "m", "--data", "0.1"], ["--data is 0.1, a share: name the rows themselves"]),
+        (["a", "b"], ["one run at a time, but 2 were given: a, b"]),
         (["no/such/run"], ["no/such/run is not a folder"]),
         (["."], ["is no run directory"]),
     ],
@@ -71,7 +94,7 @@ def test_commands_that_contradict_themselves(
 
 def test_settings_of_the_command_line_win_over_the_runs(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("data: {test: t.jsonl}\nevaluation: {max_new_tokens: 7, style: chatglm3}\n")
-    request = parse([str(tmp_path), "--compare", "base", "--max_new_tokens", "9"])
+    request = parse([str(tmp_path), "--compare", "base", "--evaluation.max_new_tokens", "9"])
     assert (request.config.evaluation.max_new_tokens, request.config.evaluation.style) == (9, "chatglm3")
     assert request.folders == {"base": tmp_path / "eval/test-base", "adapter": tmp_path / "eval/test"}
     assert request.adapter == tmp_path / "adapter"
@@ -80,6 +103,34 @@ def test_settings_of_the_command_line_win_over_the_runs(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: {name_or_path: m}\n")
     with pytest.raises(ChatLoraError, match=r"data\.test is not set"):
         parse([str(tmp_path)])
+
+
+def test_settings_are_those_of_training() -> None:
+    flags = ["--data.system", "[x] y: z", "--run.precision=fp32", "--evaluation.max_tokens_per_batch", "200"]
+    short = parse(["--model", "m", "--data", "f", *flags])
+    long = parse(["--model.name_or_path", "m", "--data.test", "f", *flags])
+    assert short == long
+    assert (short.config.data.system, short.config.run.precision) == ("[x] y: z", "fp32")
+    assert short.config.evaluation.max_tokens_per_batch == 200
+
+
+def test_an_adapter_in_a_run_is_evaluated_as_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("adapter", "adapter-best"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "adapter_config.json").write_text("{}")
+    (tmp_path / "run/config.yaml").write_text("data: {test: t.jsonl, system: s}\n")
+    assert parse(["run/adapter"]) == parse(["run"])
+    best = parse(["run/adapter-best", "--compare", "base"])
+    assert (best.adapter, best.of_run, best.config.data.system) == (Path("run/adapter-best"), True, "s")
+    assert best.folders["adapter"] == Path("run/eval/test")
+    monkeypatch.chdir(tmp_path / "run/adapter")
+    assert parse(["."]).folders == {"adapter": tmp_path / "run/eval/test"}
+    with pytest.raises(ConfigError, match=f"missing is not a folder; did you mean {tmp_path}/run"):
+        parse([str(tmp_path / "run/missing")])
+    (tmp_path / "run/config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"no config\.yaml.*--model M --adapter .*adapter --data F"):
+        parse([str(tmp_path / "run/adapter")])
 
 
 def test_data_is_named_as_in_training() -> None:
@@ -177,7 +228,15 @@ def test_a_run_and_its_base_side_by_side(world: Path, evaluated: Path) -> None:
 
 def test_both_are_shown_side_by_side_with_samples(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate.main(
-        [str(world / "run"), "--compare", "base", "--output_dir", str(world / "shown"), "--style", "chatglm3"]
+        [
+            str(world / "run"),
+            "--compare",
+            "base",
+            "--output_dir",
+            str(world / "shown"),
+            "--evaluation.style",
+            "chatglm3",
+        ]
     )
     shown, told = capsys.readouterr()
     [header] = [line for line in shown.splitlines() if "measure" in line]
@@ -243,7 +302,17 @@ def test_two_processes_write_what_one_writes(world: Path, evaluated: Path, tmp_p
 
 def test_a_model_without_an_adapter(world: Path, evaluated: Path, tmp_path: Path) -> None:
     rows = ["--model", str(world / "base"), "--data", str(world / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
-    evaluate.main([*rows, "--max_new_tokens", "12", "--precision", "fp32", "--max_tokens_per_batch", "200"])
+    evaluate.main(
+        [
+            *rows,
+            "--evaluation.max_new_tokens",
+            "12",
+            "--run.precision",
+            "fp32",
+            "--evaluation.max_tokens_per_batch",
+            "200",
+        ]
+    )
     base = lines_of(evaluated / "test-base/predictions.jsonl")[:10]
     assert [line["prediction"] for line in lines_of(tmp_path / "out/predictions.jsonl")] == [
         line["prediction"] for line in base
@@ -257,7 +326,10 @@ def test_mistakes_before_generation_leave_with_2_and_the_remedy(world: Path, tmp
         (["--model", str(world / "base"), "--data", str(tmp_path / "data.test.jsonl")], "/data.test.jsonl:1"),
         (["--model", str(world / "base"), "--data", str(tmp_path / "bad.jsonl")], "bad.jsonl:1"),
         (["--model", str(world / "base"), "--adapter", str(tmp_path), "--data", "x"], "holds no adapter"),
-        (["--model", str(tmp_path / "none"), "--data", "x.jsonl"], f"--model: the folder {tmp_path / 'none'} does not"),
+        (
+            ["--model", str(tmp_path / "none"), "--data", "x.jsonl"],
+            f"model.name_or_path: the folder {tmp_path / 'none'} does not",
+        ),
     ):
         with pytest.raises(ChatLoraError) as caught:
             evaluate.main(words)

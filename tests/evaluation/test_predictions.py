@@ -49,7 +49,7 @@ def test_style_chatglm3_scores_the_raw_prediction(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "p.jsonl", [row])
     values = {}
     for style in ("chatglm3", "chatlora"):
-        evaluate.main(["--predictions", str(path), "--style", style, "--output_dir", str(tmp_path / style)])
+        evaluate.main(["--predictions", str(path), "--evaluation.style", style, "--output_dir", str(tmp_path / style)])
         told = json.loads((tmp_path / style / "scores.json").read_text("utf-8"))
         values[style] = told["scores"]["rouge-1"]["value"]
     assert values == {"chatglm3": 33.3333, "chatlora": pytest.approx(100, abs=1e-4)}

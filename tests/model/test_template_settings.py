@@ -41,7 +41,10 @@ def test_an_adapter_by_itself_is_prompted_as_its_run_was(run: Callable[..., Path
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join((world / "rows.jsonl").read_text("utf-8").splitlines(keepends=True)[:2]), "utf-8")
     words = ["--model", str(world / "model"), "--adapter", str(folder / "adapter"), "--data", str(rows)]
-    evaluate.main([*words, "--max_new_tokens", "1", "--output_dir", "out"])
+    evaluate.main([*words, "--evaluation.max_new_tokens", "1", "--output_dir", "out"])
     lines = (tmp_path / "out" / "predictions.jsonl").read_text("utf-8").splitlines()
     assert lines
     assert all(json.loads(line)["prompt"].startswith("hello on 2020-01-02\n") for line in lines)
+    flags = ["--model.chat_template_kwargs", "{greeting: bye}", "--evaluation.max_new_tokens", "1"]
+    evaluate.main([*words, *flags, "--output_dir", "other"])
+    assert '"bye on 2020-01-02' in (tmp_path / "other" / "predictions.jsonl").read_text("utf-8")

@@ -86,7 +86,7 @@ def test_training_evaluation_and_the_adapter_agree(case: Case, tmp_path: Path, m
     stop_ids = set(tokenizer.convert_tokens_to_ids(case.must_stop))
 
     assert set(GenerationConfig.from_pretrained("run/adapter").eos_token_id) == stop_ids
-    evaluate.main(["run", "--data", "rows.jsonl", "--max_new_tokens", "3"])
+    evaluate.main(["run", "--data", "rows.jsonl", "--evaluation.max_new_tokens", "3"])
     scores = json.loads(Path("run/eval/rows/scores.json").read_text())
     assert set(scores["decoding"]["stop_ids"]) == stop_ids
 

@@ -129,7 +129,7 @@ def test_a_run_is_known_from_another_folder(
     run(*flags)
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
-    evaluate.main([str(folder), "--data", str(world / "rows.jsonl"), "--max_new_tokens", "1"])
+    evaluate.main([str(folder), "--data", str(world / "rows.jsonl"), "--evaluation.max_new_tokens", "1"])
     assert "is finished" in capsys.readouterr().out
 
 
