@@ -49,6 +49,7 @@ OTHER: dict[str, Any] = {
     "checkpoint.stop_after_no_gain": 7,
     "evaluation.max_new_tokens": 7,
     "evaluation.max_prompt_length": 7,
+    "evaluation.max_tokens_per_batch": 4096,
     "evaluation.style": "chatglm3",
     "evaluation.after_training": True,
     "run.seed": 7,

@@ -227,13 +227,11 @@ def read_parquet(path: Path, name: str) -> Rows:
     import pyarrow
     from pyarrow import parquet
 
-    number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield without_nulls(row), f"{name}: row {number}"
+            rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                yield without_nulls(row), f"{name}: row {number}"
     except (pyarrow.ArrowException, OSError) as error:
         found = " ".join(str(error).split())
         problem = f"not readable as Parquet ({found}); was the file cut while it was copied? Copy it again"
