@@ -4,7 +4,7 @@ import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Any, NamedTuple
 
 import yaml
@@ -77,9 +77,10 @@ def config_from_file(
     path: Path, flags: Mapping[str, str] = MappingProxyType({}), problems: Sequence[str] = ()
 ) -> Config:
     """The Config in a YAML file that must not be empty, a run's config.yaml for one."""
+    config = read_config(path, flags, problems)
     if not read_yaml(path):
-        raise ConfigError(*problems, f"{path} is empty: put its settings back, or take another run directory")
-    return read_config(path, flags, problems)
+        raise ConfigError(f"{path} is empty: put its settings back, or take another run directory")
+    return config
 
 
 def read_config(path: Path | None, flags: Mapping[str, str], problems: Sequence[str] = ()) -> Config:
@@ -94,10 +95,11 @@ def read_config(path: Path | None, flags: Mapping[str, str], problems: Sequence[
         raise ConfigError(*found, *error.problems) from None
     for flag, raw in flags.items():
         section, _, field = flag.partition(".")
-        if not isinstance(values.setdefault(section, {}), dict):
-            values[section] = {}
+        fields = values.get(section)
+        if not isinstance(fields, dict | NoneType):
+            continue  # the file has no section there, which is told below
         try:
-            values[section][field] = _value(flag, raw)
+            values[section] = {**(fields or {}), field: _value(flag, raw)}
         except ConfigError as error:
             found += error.problems
     config, more = _validate(values, path, flags)
@@ -143,7 +145,7 @@ def _is_there(path: Path) -> bool:
     """A file, a folder, or a pattern that finds one."""
     try:
         return path.exists() or any(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-    except OSError:  # a name too long for the disk
+    except (OSError, ValueError):  # a name too long for the disk, no pattern
         return False
 
 

@@ -235,6 +235,10 @@ def test_what_lies_beside_the_file_and_not_here_is_told_with_the_path_to_write(
     assert load_config(["my.yaml"], default="demo").config.data.train[0].path == "rows.jsonl"
 
 
+def test_a_flag_does_not_hide_that_the_file_has_no_section_there(tmp_path: Path) -> None:
+    assert "my.yaml: optim is 3" in problems(tmp_path, "optim: 3", "--optim.epochs", "1")
+
+
 def test_a_missing_file_and_an_unknown_preset(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load_config([str(tmp_path / "none.yaml")], default="demo")

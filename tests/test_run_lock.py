@@ -48,7 +48,6 @@ OTHER: dict[str, Any] = {
     "checkpoint.best_by": "first",
     "checkpoint.stop_after_no_gain": 7,
     "evaluation.max_new_tokens": 7,
-    "evaluation.max_tokens_per_batch": 999,
     "evaluation.max_prompt_length": 7,
     "evaluation.max_tokens_per_batch": 4096,
     "evaluation.style": "chatglm3",
