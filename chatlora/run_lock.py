@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
+from chatlora.checkpoint_names import MANIFEST, published
 from chatlora.config import Config, changed_settings, trajectory_hash, with_absolute_paths
 from chatlora.config_files import config_from_file
 from chatlora.errors import ConfigError, LaunchError
@@ -139,8 +140,9 @@ def refuse_other_inputs(config: Config, environment: Mapping[str, Any]) -> None:
         )
 
 
-def _checkpoints_in(path: Path) -> dict[int, Path]:
-    return {int(home.name[5:]): home for home in (path / "checkpoints").glob("step-*") if home.name[5:].isdigit()}
+def _checkpoints_in(path: Path) -> list[Path]:
+    """Of a run, oldest first."""
+    return published(path / "checkpoints")
 
 
 def _refuse_resume(resume: str, path: Path) -> None:
@@ -155,12 +157,11 @@ def _refuse_resume(resume: str, path: Path) -> None:
             raise ConfigError(f"checkpoint.resume is never, but {path} holds {held}: {elsewhere}")
         return
     home = Path(resume)
-    if not (home / "manifest.json").is_file():
+    if not (home / MANIFEST).is_file():
         raise ConfigError(f"checkpoint.resume is {resume}, which is no checkpoint: auto, never, or a step-... folder")
-    newest = max(own, default=0)
-    if home.resolve() in [other.resolve() for other in own.values()] and own[newest].name != home.name:
+    if home.resolve() in [other.resolve() for other in own[:-1]]:
         raise ConfigError(
-            f"checkpoint.resume is {home}, but {own[newest]} is newer: move what is newer away, or {elsewhere}"
+            f"checkpoint.resume is {home}, but {own[-1]} is newer: move what is newer away, or {elsewhere}"
         )
 
 

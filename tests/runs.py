@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from chatlora.checkpoint_names import published, step_of
 from chatlora.run_directory import read_status
 from chatlora.run_log import LOG, VALIDATION, read_log
-from chatlora.training.checkpoint import Checkpoint, newest_checkpoint, published, step_of
+from chatlora.training.checkpoint import Checkpoint, newest_checkpoint
 from tests.engine_runs import ENGINES, environment_of
 from tests.fork_server import At, ForkServer
 

@@ -15,7 +15,7 @@ PACKAGE = REPOSITORY / "chatlora"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "cache", "disk", "hub", "progress", "scripts"}),
     frozenset({"config", "config_rows", "config_files", "settings", "yaml_text"}),
-    frozenset({"run_log", "run_directory", "run_lock", "embedded_model"}),
+    frozenset({"checkpoint_names", "run_log", "run_directory", "run_lock", "embedded_model"}),
     frozenset({"reading"}),
     frozenset({"rendering"}),
     frozenset({"data"}),

@@ -10,9 +10,8 @@ Nothing in it is pickled, and nothing in it belongs to an engine or to a number 
 """
 
 import json
-import re
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from chatlora.checkpoint_names import (
+    BEING_DELETED,
+    BEING_WRITTEN,
+    MANIFEST,
+    home_of,
+    left_over,
+    published,
+    step_of,
+)
 from chatlora.disk import settle, sha256_of, sync
 from chatlora.errors import CheckpointError
 
-MANIFEST, PROGRESS, ADAPTER, STATE = "manifest.json", "progress.json", "adapter.safetensors", "optimizer.safetensors"
+PROGRESS, ADAPTER, STATE = "progress.json", "adapter.safetensors", "optimizer.safetensors"
 SIGNED = (ADAPTER, STATE, PROGRESS)
-NAME = re.compile(r"step-(\d{6,})")
-BEING_WRITTEN, BEING_DELETED = ".writing-", ".deleting-"
-LEFT_OVER = re.compile(rf"\.(writing|deleting)-{NAME.pattern}")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -50,21 +55,6 @@ class Checkpoint:
     def num_bytes(self) -> int:
         tensors = [*self.adapter.values(), *(t for each in self.optimizer.values() for t in each.values())]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def home_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps stands under `folder`."""
-    return folder / f"step-{step:06}"
-
-
-def step_of(home: Path) -> int:
-    return int(home.name.removeprefix("step-"))
-
-
-def published(folder: Path) -> list[Path]:
-    """The checkpoints under a folder, oldest first. Anything else in it is none of ours."""
-    found = [path for path in _folders(folder) if NAME.fullmatch(path.name) and home_of(folder, step_of(path)) == path]
-    return sorted(found, key=step_of)
 
 
 # ---- writing
@@ -113,9 +103,8 @@ def rotate(folder: Path, *, keep_last: int, keep: Collection[int]) -> None:
 
 def sweep(folder: Path) -> None:
     """Clear away what a killed process left half written or half deleted."""
-    for path in list(_folders(folder)):
-        if LEFT_OVER.fullmatch(path.name):
-            shutil.rmtree(path)
+    for path in left_over(folder):
+        shutil.rmtree(path)
 
 
 def refuse_full_disk(folder: Path, adapter_parameters: int, keep_last: int) -> None:
@@ -207,9 +196,3 @@ def _signature(path: Path) -> dict[str, Any]:
 
 def _as_json(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()
-
-
-def _folders(folder: Path) -> Iterator[Path]:
-    """What is really a folder in `folder`: no file, no link."""
-    if folder.is_dir():
-        yield from (path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())

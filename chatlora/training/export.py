@@ -8,6 +8,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from chatlora.checkpoint_names import home_of
 from chatlora.config import Config
 from chatlora.disk import written_beside
 from chatlora.distributed.memory import NOT_EXPORTED, out_of_memory_told
@@ -23,7 +24,7 @@ from chatlora.model.adapter_folder import (
 from chatlora.rendering.renderer import Renderer
 from chatlora.run_directory import RunDirectory
 from chatlora.run_log import read_log
-from chatlora.training.checkpoint import home_of, read_checkpoint, why_broken
+from chatlora.training.checkpoint import read_checkpoint, why_broken
 from chatlora.training.state import gather_adapter
 
 

@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from chatlora.checkpoint_names import home_of
 from chatlora.config import DataConfig
 from chatlora.config_files import load_config
 from chatlora.data.dataset import prepare_training_data
@@ -23,7 +24,7 @@ from chatlora.model.loading import load_tokenizer, renderer_for
 from chatlora.rendering.examples import Example
 from chatlora.run_directory import read_status
 from chatlora.run_log import read_log
-from chatlora.training.checkpoint import Checkpoint, home_of, read_checkpoint
+from chatlora.training.checkpoint import Checkpoint, read_checkpoint
 from chatlora.training.schedule import Schedule
 from tests.distributed.test_launch_checks import AUTO_JSON
 from tests.engine_runs import ENGINES, assert_engine, environment_of

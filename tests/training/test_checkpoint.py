@@ -10,16 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from chatlora.checkpoint_names import published, step_of
 from chatlora.errors import CheckpointError
 from chatlora.training import checkpoint as checkpoint_module
 from chatlora.training.checkpoint import (
     Checkpoint,
     newest_checkpoint,
-    published,
     read_checkpoint,
     refuse_full_disk,
     rotate,
-    step_of,
     sweep,
     why_broken,
     write_checkpoint,

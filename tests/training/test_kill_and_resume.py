@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from chatlora.checkpoint_names import published, step_of
 from chatlora.run_directory import read_status
 from chatlora.run_log import LOG, read_log
-from chatlora.training.checkpoint import published, step_of
 from tests.engine_runs import environment_of
 from tests.fork_server import At, ForkServer
 from tests.runs import SEED_DRAWS, STEP, STEPS, WRITE, Whole, differences, newest

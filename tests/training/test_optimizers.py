@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from chatlora.checkpoint_names import published
 from chatlora.run_directory import read_status
 from chatlora.run_log import LOG, read_log
-from chatlora.training.checkpoint import published
 from tests.engine_runs import environment_of
 from tests.fork_server import At, ForkServer
 from tests.reference import distance

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from chatlora.checkpoint_names import published, step_of
 from chatlora.errors import CheckpointError, ConfigError
 from chatlora.run_directory import read_status
 from chatlora.run_log import LOG, VALIDATION, cut_back, read_log
-from chatlora.training.checkpoint import published, read_checkpoint, step_of
+from chatlora.training.checkpoint import read_checkpoint
 from tests.costs import bytes_touched_by, calls_of
 from tests.fork_server import At, ForkServer
 from tests.runs import STEP, STEPS, Whole, differences, newest, outcome

@@ -16,20 +16,13 @@ from filelock import FileLock
 from safetensors.torch import save_file
 
 from chatlora import disk
+from chatlora.checkpoint_names import published, step_of
 from chatlora.config import CheckpointConfig
 from chatlora.errors import CheckpointError
 from chatlora.run_directory import RunDirectory
 from chatlora.training import checkpoint as checkpoint_module
 from chatlora.training import state as state_module
-from chatlora.training.checkpoint import (
-    Checkpoint,
-    newest_checkpoint,
-    published,
-    step_of,
-    sweep,
-    why_broken,
-    write_checkpoint,
-)
+from chatlora.training.checkpoint import Checkpoint, newest_checkpoint, sweep, why_broken, write_checkpoint
 from chatlora.training.state import publish
 from tests.syscalls import AVAILABLE, Call, trace
 from tests.training.test_checkpoint import KINDS, sign
