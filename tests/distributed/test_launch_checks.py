@@ -245,8 +245,16 @@ def json_with_a_batch_size(folder: Path) -> tuple[list[str], dict[str, str]]:
     ("how", "sentence"),
     [
         (two_for_the_cpu, "num_processes: accelerate was asked for several processes and starts a single one"),
-        (zero_on_a_named_cpu, "ACCELERATE_USE_CPU: it turns zero2 into plain DDP"),
-        (json_with_a_batch_size, "train_batch_size in DeepSpeed's JSON: it is 64 and optim.global_batch_size is 16"),
+        pytest.param(
+            *(zero_on_a_named_cpu, "ACCELERATE_USE_CPU: it turns zero2 into plain DDP"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *(
+                json_with_a_batch_size,
+                "train_batch_size in DeepSpeed's JSON: it is 64 and optim.global_batch_size is 16",
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_bad_launch_ends_at_once_through_the_real_launcher(
