@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedOptimizerWrapper, DistributedType
+from accelerate.utils import DistributedType, is_deepspeed_available
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
@@ -25,6 +25,10 @@ State = dict[str, torch.Tensor]  # what the optimizer keeps for one parameter
 def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """torch's optimizer inside accelerate's and DeepSpeed's wrappers."""
     inner: torch.optim.Optimizer = optimizer.optimizer
+    if not is_deepspeed_available():  # accelerate then has no such wrapper to ask for
+        return inner
+    from accelerate.utils import DeepSpeedOptimizerWrapper
+
     return inner.optimizer if isinstance(optimizer, DeepSpeedOptimizerWrapper) else inner  # type: ignore[attr-defined]
 
 
