@@ -99,3 +99,11 @@ def test_no_block_of_six_lines_stands_twice() -> None:
 def test_training_does_not_know_evaluation() -> None:
     for path in (PACKAGE / "training").rglob("*.py"):
         assert "evaluation" not in imported_rooms(path), path
+
+
+def test_without_deepspeed_everything_is_imported_all_the_same() -> None:
+    """As README's first line installs it: the optional package is not there."""
+    rooms = "chatlora.distributed.runtime, chatlora.training.setup, chatlora.training.export, chatlora.evaluation.setup"
+    code = f"import sys; sys.modules['deepspeed'] = None; import {rooms}"
+    told = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
