@@ -48,8 +48,12 @@ def main(argv: Sequence[str], runtime: Runtime | None = None, *, again: bool = T
         return
     with StopSignals() as signals:  # before the seconds that imports take
         from chatlora.distributed.runtime import start
+        from chatlora.progress import print_line
 
-        evaluate(request, start(request.config, signals), again)
+        runtime = start(request.config, signals)
+        for note in runtime.notes if runtime.is_main else ():
+            print_line(note)
+        evaluate(request, runtime, again)
 
 
 def evaluate(request: Request, runtime: Runtime, again: bool) -> None:

@@ -70,7 +70,7 @@ def load_config(argv: Sequence[str], *, default: str) -> Loaded:
         return Loaded(config, stem_of(config.data.train[0].path), "defaults", given)
     refuse_paths_beside(path, config, flags)
     origin = f"preset {path.stem}" if path.parent == PRESETS else str(path)
-    return Loaded(config, path.parent.name if path.name == "config.yaml" else path.stem, origin, given)
+    return Loaded(config, path.absolute().parent.name if path.name == "config.yaml" else path.stem, origin, given)
 
 
 def config_from_file(
@@ -244,7 +244,8 @@ def _sentence(details: ErrorDetails, path: Path | None, flags: Mapping[str, str]
     location = [str(part) for part in details["loc"] if not _is_union_tag(part)]
     dotted = ".".join(location)
     flag = ".".join(location[:2])
-    where = f"--{dotted}" if flag in flags or dotted in flags else f"{path}: {dotted}" if dotted else f"{path}"
+    of_flags = path is None or flag in flags or dotted in flags
+    where = f"--{dotted}" if of_flags and dotted else f"{path}: {dotted}" if dotted else f"{path}"
     if details["type"] == "extra_forbidden":
         return f"{where.rstrip('.')} is not a setting{nearest(location)}"
     message = details["msg"].removeprefix("Value error, ")

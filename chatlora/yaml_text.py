@@ -72,13 +72,16 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
+            if isinstance(value, int):
+                str(value)  # raises ValueError where Python refuses to spell it, in a setting as in the error about it
+            return value
         except (ValueError, ArithmeticError, LookupError, AttributeError) as error:
             if not isinstance(node, yaml.ScalarNode):
                 raise
-            kind, value = node.tag.rpartition(":")[2], shortened(node.value)
+            kind, text = node.tag.rpartition(":")[2], shortened(node.value)
             raise _error(
-                f"{value} looks like a value of type {kind} and is none: put text in quotes", node.start_mark
+                f"{text} looks like a value of type {kind} and is none: put text in quotes", node.start_mark
             ) from error
 
 

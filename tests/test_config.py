@@ -414,3 +414,25 @@ class TestTimetable:
     def test_checkpoints(self) -> None:
         schedule = Schedule(OptimConfig(epochs=2), 4, every_steps=3)
         assert [done for done in range(9) if schedule.is_checkpoint_step(done)] == [3, 6, 8]
+
+
+@pytest.mark.parametrize("number", ["0x" + "f" * 9000, ":".join("1" * 5000)])
+def test_a_number_that_python_does_not_spell_is_one_sentence(tmp_path: Path, number: str) -> None:
+    (tmp_path / "my.yaml").write_text(f"optim: {{epochs: {number}}}\n")
+    with pytest.raises(ConfigError, match=r"my\.yaml.*looks like a value of type int and is none"):
+        load_config([str(tmp_path / "my.yaml")], default="demo")
+
+
+def test_shares_that_leave_nothing_are_told_by_flag() -> None:
+    flags = ["--data.train", "rows.jsonl", "--data.test", "0.6", "--data.validation", "0.5"]
+    with pytest.raises(ConfigError, match="leave") as refused:
+        load_config(flags, default="demo")
+    assert "None" not in str(refused.value)
+
+
+def test_a_runs_config_in_the_folder_one_stands_in_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text("data: {train: rows.jsonl}\n")
+    assert load_config(["config.yaml"], default="demo").name == tmp_path.name

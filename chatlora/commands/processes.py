@@ -53,6 +53,8 @@ def parse(argv: Sequence[str]) -> Asked:
         flags[flag] = value if equals else rest.pop(0)
         if flag in NUMBERS and not flags[flag].isdecimal():
             raise ConfigError(f"--{flag} is {flags[flag]!r}: a whole number is needed")
+        if flag in ("num_processes", "num_machines") and int(flags[flag]) < 1:
+            raise ConfigError(f"--{flag} is {flags[flag]}: at least 1 is needed")
     return Asked(flags, words, bool(set(HELP) & set(words)))
 
 
@@ -96,14 +98,21 @@ def launcher_flags(flags: Mapping[str, str], gpus: Callable[[], int] = num_gpus)
     file = launcher_file(flags.get("config_file", "multi_gpu"))
     settings: Mapping[str, Any] = read_yaml(file)
     chosen["config_file"] = str(file)
-    if int(chosen.get("num_machines", settings.get("num_machines") or 1)) > 1:
+    if int(chosen.get("num_machines", _count(settings, "num_machines", file))) > 1:
         return chosen
     if "main_process_port" not in settings:
         chosen.setdefault("main_process_port", "0")  # any that is free
-    in_file = int(settings.get("num_processes") or 1)
+    in_file = _count(settings, "num_processes", file)
     if "num_processes" not in chosen and in_file > 1 and 0 < gpus() < in_file:
         chosen["num_processes"] = str(gpus())
     return chosen
+
+
+def _count(settings: Mapping[str, Any], name: str, file: Path) -> int:
+    told = str(settings.get(name) or 1)
+    if not told.isdecimal():
+        raise ConfigError(f"{file}: {name} is {told!r}: a whole number is needed")
+    return int(told)
 
 
 class Processes:

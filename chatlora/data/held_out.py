@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from chatlora.config import Source
 from chatlora.errors import ConfigError, DataError
 from chatlora.reading.conversation import Conversation
@@ -43,11 +45,14 @@ def held_out_rows(source: Input, places: Sequence[str]) -> HeldOutRows:
 def read_held_out(run: Path, split: str) -> tuple[HeldOutRows, ...]:
     """The rows that a run held out for `split`. Raises DataError, by name, where their source is not what it was."""
     told = kept_by(run, split)
-    if told is None:
+    try:
+        rows = None if told is None else tuple(HeldOutRows.model_validate(each) for each in told)
+    except ValidationError:
+        rows = None
+    if rows is None:
         raise ConfigError(f"{run / HELD_OUT} does not say which rows are held out: put it back, or {OTHER_ROWS}")
-    if not told:
+    if not rows:
         raise ConfigError(f"{run}: data.{split} held out no rows, since there were too few: {OTHER_ROWS}")
-    rows = tuple(HeldOutRows.model_validate(each) for each in told)
     problems: list[str] = []
     for each in rows:
         try:

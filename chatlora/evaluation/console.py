@@ -23,7 +23,7 @@ def show_scores(console: Console, scores: Mapping[str, Scores]) -> None:
     table = Table(title=f"scores over {len(scores[names[0]].per_sample):,} samples", title_justify="left")
     table.add_column("measure")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(_printable(name), justify="right")
     if len(names) > 1:
         table.add_column("gain", justify="right")
     for measure in scores[names[0]].values:
@@ -41,7 +41,7 @@ def show_samples(console: Console, predictions: Mapping[str, Sequence[Prediction
     for index in sorted({count * place // SAMPLES_SHOWN for place in range(SAMPLES_SHOWN)}):
         sample = predictions[names[0]][index]
         place = f"sample {sample.id}" + ("" if sample.turn is None else f", turn {sample.turn}")
-        table = Table(title=place, title_justify="left", show_header=False, show_lines=True)
+        table = Table(title=_printable(place), title_justify="left", show_header=False, show_lines=True)
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         references = [sample.reference] if isinstance(sample.reference, str) else sample.reference

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from chatlora.config import Style
 from chatlora.disk import sha256_of, write_json
-from chatlora.errors import ChatLoraError, Stopped
+from chatlora.errors import ChatLoraError, ConfigError, Stopped
 from chatlora.evaluation.command_line import Request
 from chatlora.evaluation.console import show_scores
 from chatlora.evaluation.metrics import Scores, score
@@ -114,7 +114,12 @@ def _scores_in(folder: Path, wanted: Mapping[str, Any]) -> Scores | None:
 @contextmanager
 def told_in(folder: Path) -> Iterator[None]:
     """status.json says how it stands: `running` within, then `done`, `failed` or, after a signal, `stopped`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--output_dir: no results can be written to {folder} ({error.strerror}): give another folder"
+        ) from None
 
     def tell(state: str, message: str = "") -> None:
         write_json(folder / "status.json", {"state": state, "message": message})

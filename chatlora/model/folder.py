@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from chatlora.config import ModelConfig
 from chatlora.embedded_model import EMBEDDED, embedded_model, source_of
@@ -32,8 +33,7 @@ def refuse_no_model(model: ModelConfig) -> None:
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelError(f"model.name_or_path: the folder {name} does not exist{similar_beside(folder)}")
     if (folder / "adapter_config.json").is_file():
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        raise ModelError(is_adapter(name, settings.get("base_model_name_or_path")))
+        raise ModelError(is_adapter(name, _adapter_settings(folder).get("base_model_name_or_path")))
     if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
         raise ModelError(
             f"model.name_or_path: {folder} is a run directory, not a model: `evaluate.py {folder}` evaluates it, and "
@@ -85,8 +85,19 @@ def find_adapter(folder: Path) -> Path:
         if (candidate / "adapter_config.json").is_file():
             if not (candidate / "adapter_model.safetensors").is_file():
                 raise ModelError(f"{candidate} holds no adapter_model.safetensors (pickled adapters are not read)")
+            _adapter_settings(candidate)
             return candidate
     raise ModelError(f"{folder} holds no adapter: a finished run has adapter/adapter_config.json in it")
+
+
+def _adapter_settings(folder: Path) -> dict[str, Any]:
+    path = folder / "adapter_config.json"
+    fault, settings = _fault_in_json(path), None
+    if fault is None:
+        settings = json.loads(path.read_bytes())
+    if not isinstance(settings, dict):
+        raise ModelError(f"{fault or f'{path} holds no object of settings'}: copy the adapter's folder again")
+    return settings
 
 
 def _is_pointer(path: Path) -> bool:
@@ -99,7 +110,7 @@ def _is_pointer(path: Path) -> bool:
 def _fault_in_json(path: Path) -> str | None:
     try:
         json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{path} cannot be read ({error})"
     return None
 

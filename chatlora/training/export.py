@@ -25,7 +25,7 @@ from chatlora.rendering.renderer import Renderer
 from chatlora.run_directory import RunDirectory
 from chatlora.run_log import read_log
 from chatlora.training.checkpoint import read_checkpoint, why_broken
-from chatlora.training.state import gather_adapter
+from chatlora.training.state import gather_adapter, let_go
 
 
 @out_of_memory_told(NOT_EXPORTED)
@@ -43,6 +43,7 @@ def export_adapter(
     weights = gather_adapter(runtime, model, optimizer)
     if not runtime.is_main:
         return
+    let_go(config.checkpoint, run)  # a kill may have come between the last save and this
 
     def export(weights: dict[str, torch.Tensor], folder: Path) -> None:
         """A PEFT adapter that is whole when it appears."""

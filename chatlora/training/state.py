@@ -47,9 +47,14 @@ def save_checkpoint(
 
 
 def publish(checkpoint: CheckpointConfig, run: RunDirectory, state: Checkpoint) -> None:
-    """Write a checkpoint, then let go of those that are not kept: never the newest, nor the best. For rank 0 alone."""
+    """Write a checkpoint, then let go of those that are not kept. For rank 0 alone."""
     run.sync_logs()  # the log is never behind the checkpoint
     write_checkpoint(run.checkpoints, state)
+    let_go(checkpoint, run)
+
+
+def let_go(checkpoint: CheckpointConfig, run: RunDirectory) -> None:
+    """Delete the checkpoints that are not kept: never the newest, nor the best. For rank 0 alone."""
     best = run.best_step() if checkpoint.keep_best else None
     rotate(run.checkpoints, keep_last=checkpoint.keep_last, keep=() if best is None else (best,))
 

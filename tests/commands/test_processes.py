@@ -177,3 +177,13 @@ def test_a_script_is_loaded_once_under_a_name_of_its_own() -> None:
     assert evaluate.__name__ == "chatlora_evaluate"
     assert sys.modules.get("evaluate") is before
     assert script_path("train").name == "train.py"
+
+
+@pytest.mark.parametrize("name", ["num_processes", "num_machines"])
+def test_numbers_of_processes_that_are_none(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--{name} is 0: at least 1"):
+        parse([f"--{name}", "0"])
+    file = tmp_path / "launcher.yaml"
+    file.write_text(f"{name}: auto\n")
+    with pytest.raises(ConfigError, match=rf"launcher\.yaml: {name} is 'auto'"):
+        launcher_flags({"config_file": str(file)}, lambda: 2)

@@ -9,8 +9,8 @@ from datasets import Dataset
 
 from chatlora.config import Source
 from chatlora.data.dataset import prepare_evaluation_data
-from chatlora.data.held_out import HeldOutRows
-from chatlora.errors import DataError
+from chatlora.data.held_out import HeldOutRows, read_held_out
+from chatlora.errors import ConfigError, DataError
 from chatlora.reading.scan import inputs_of
 from chatlora.reading.sources import fingerprint
 from chatlora.rendering.renderer import Renderer
@@ -115,3 +115,10 @@ def test_long_prompts_and_cut_references_are_named(tmp_path: Path) -> None:
     assert {len(sample.references[0]) for sample in samples} == {2}
     assert len(source["cut"]) == 2
     assert CHATML_TOKENS[2] not in PLAIN.tokenizer.decode(samples[0].references[0])
+
+
+@pytest.mark.parametrize("kept", ['{"test": [{"path": "x"}]}', '{"test": [1]}', "{", '{"validation": []}'])
+def test_held_out_rows_that_are_not_named_are_told(tmp_path: Path, kept: str) -> None:
+    (tmp_path / "held_out.json").write_text(kept)
+    with pytest.raises(ConfigError, match="does not say which rows are held out"):
+        read_held_out(tmp_path, "test")

@@ -6,7 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from chatlora.evaluation.console import show_samples
+from chatlora.evaluation.console import show_samples, show_scores
+from chatlora.evaluation.metrics import score
 from chatlora.evaluation.predictions import Prediction
 
 MOST_LINES = 6
@@ -49,3 +50,13 @@ def test_what_is_left_out_is_marked_and_what_fits_stays_as_it_is() -> None:
     assert shown["model"] == [*lines[:5], "..."]
     assert shown["prompt"] == ["...", *lines[-5:]]
     assert cells("p", "[bold]\n  two\n\nfour", 60)["model"] == ["[bold]", "  two", "", "four"]
+
+
+@pytest.mark.parametrize("name", ["q[/z]/y.jsonl:1#0", "owner/set[train]: row 1#0", "broken \ud800"])
+def test_names_are_shown_as_they_are(name: str) -> None:
+    """Square brackets are no markup, and a lone surrogate is no reason to stop after everything was generated."""
+    console = Console(file=io.StringIO(), width=200)
+    show_samples(console, {name: [Prediction(name, "x", "x")]})
+    show_scores(console, {name: score(["x"], ["x"])})
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().count(name.replace("\ud800", "?")) == 3

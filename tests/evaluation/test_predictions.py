@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 import evaluate
-from chatlora.errors import PredictionsError
+from chatlora.errors import ConfigError, PredictionsError
 from chatlora.evaluation.metrics import score
 from chatlora.evaluation.predictions import read_predictions
+from chatlora.evaluation.scoring import told_in
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -121,3 +122,10 @@ def test_a_file_that_cannot_be_scored_exits_with_2_and_no_traceback(
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "eval").exists()
+
+
+def test_a_folder_that_cannot_be_one_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    told = "--output_dir: no results can be written to .*file"
+    with pytest.raises(ConfigError, match=told), told_in(tmp_path / "file"):
+        pass

@@ -9,6 +9,7 @@ import torch
 
 from chatlora.config import ModelConfig
 from chatlora.errors import ModelError
+from chatlora.model.folder import find_adapter, refuse_no_model
 from chatlora.model.loading import load_base_model, load_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
@@ -75,3 +76,12 @@ def test_a_folder_with_pickled_weights(world: Path, tmp_path: Path) -> None:
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"pickled weights only.*save_pretrained"):
         load_base_model(ModelConfig(name_or_path=str(tmp_path / "model")), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("text", ["{oops", "[]", ""])
+def test_an_adapters_settings_that_are_broken(tmp_path: Path, text: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    (tmp_path / "adapter_model.safetensors").touch()
+    for look in (lambda: find_adapter(tmp_path), lambda: refuse_no_model(ModelConfig(name_or_path=str(tmp_path)))):
+        with pytest.raises(ModelError, match=r"adapter_config\.json .*copy the adapter's folder again"):
+            look()
