@@ -47,6 +47,10 @@ def main(argv: Sequence[str], runtime: Runtime | None = None, *, again: bool = T
         evaluate(request, runtime, again)
         return
     with StopSignals() as signals:  # before the seconds that imports take
+        from chatlora.evaluation.named_files import refuse_missing_files
+
+        refuse_missing_files(request)
+
         from chatlora.distributed.runtime import start
         from chatlora.progress import print_line
 

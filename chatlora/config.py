@@ -139,7 +139,7 @@ class EvaluationConfig(Section):
 
 class RunConfig(Section):
     output_dir: Path | None = Field(None, description="the run's folder; null: runs/NAME-HASH")
-    seed: int = Field(0, ge=0, description="data order, held-out rows, initial adapter, dropout")
+    seed: int = Field(0, ge=0, lt=2**63, description="data order, held-out rows, initial adapter, dropout")
     precision: Precision = Field("auto", description="auto: bf16 where the device multiplies it natively, else fp32")
     cpu_threads: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="threads of one process on CPU; auto: the cores divided by the processes"
@@ -218,6 +218,8 @@ def trajectory(config: Config) -> dict[str, Any]:
     optim = config.optim
     lengths = {"optim.epochs", "optim.max_steps"} if optim.schedule == "constant" and not optim.warmup_ratio else set()
     values = _flat(config.as_dict()) | {"data.test": config.data.shares.get("test", 0.0)}  # other rows train nothing
+    if config.checkpoint.best_by == "first" and len(config.data.validation_sets) > 1:
+        values["checkpoint.best_by"] = f"first ({next(iter(config.data.validation_sets))})"
     return {name: value for name, value in values.items() if name not in FREE_SETTINGS | lengths}
 
 
@@ -229,11 +231,9 @@ def trajectory_hash(config: Config) -> str:
 def changed_settings(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
     """`section.field` -> (before, after) of the trajectory's settings that differ; a path may be relative in one."""
     old, new = trajectory(before), trajectory(after)
-    return {
-        name: (value, new[name])
-        for name, value in old.items()
-        if name in new and _absolute(name, new[name]) != _absolute(name, value)
-    }
+    changed = [name for name in old if name in new and _absolute(name, new[name]) != _absolute(name, old[name])]
+    told = {"data.test": (before.as_dict()["data"]["test"], after.as_dict()["data"]["test"])}
+    return {name: told.get(name, (old[name], new[name])) for name in changed}
 
 
 def with_absolute_paths(config: Config) -> Config:

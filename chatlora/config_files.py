@@ -112,7 +112,8 @@ def _value(flag: str, raw: str) -> Any:
     section, _, name = flag.partition(".")
     field = all_settings().get(section, {}).get(name)
     is_text = field is not None and field.annotation in (str, str | None)  # a system prompt may begin with a bracket
-    is_yaml = raw == "null" or (raw[:1] in ("[", "{") and not is_text)
+    in_brackets = raw[:1] == "{" or raw[:1] + raw[-1:] == "[]"  # a pattern of files may begin with [
+    is_yaml = raw == "null" or (in_brackets and not is_text)
     return parse_yaml(raw, f"--{flag} {shortened(raw)}") if is_yaml else raw
 
 
@@ -205,17 +206,16 @@ def split_words(argv: Sequence[str], own: Collection[str] = ()) -> Words:
             del words[: bool(words and not words[0].startswith("-"))]  # its value, no preset
             continue
         flag, equals, value = word[2:].partition("=")
+        problem = None if flag in own else _not_a_setting(flag, own)
         if not equals:
             if not words or (words[0].startswith("--") and len(words[0]) > 2):
-                split.problems.append(f"--{flag} needs a value")
+                split.problems.append(problem or f"--{flag} needs a value")
                 continue
             value = words.pop(0)
-        if flag in own:
-            split.own[flag] = value
-        elif problem := _not_a_setting(flag, own):
+        if problem:
             split.problems.append(problem)
         else:
-            split.flags[flag] = value
+            (split.own if flag in own else split.flags)[flag] = value
     return split
 
 

@@ -287,8 +287,8 @@ def test_a_mapping_is_one_source_or_names_sets_of_validation_rows(tmp_path: Path
 def test_a_test_share_alters_the_trajectory_and_test_rows_do_not() -> None:
     config = Config()
     share = config.with_values("data", test=0.1)
-    assert changed_settings(config, share) == {"data.test": (0.0, 0.1)}
-    assert changed_settings(share, config) == {"data.test": (0.1, 0.0)}
+    assert changed_settings(config, share) == {"data.test": ([], 0.1)}
+    assert changed_settings(share, config) == {"data.test": (0.1, [])}
 
 
 @pytest.mark.parametrize(
@@ -297,11 +297,20 @@ def test_a_test_share_alters_the_trajectory_and_test_rows_do_not() -> None:
         (["--", "3"], "-- is not a setting"),
         (["-e", "3"], "-e is not a setting: they are written --section.field VALUE"),
         (["--optim", "3"], "--optim is a section, not a setting"),
+        (["--optim"], "--optim is a section, not a setting"),
+        (["--lr"], "--lr is not a setting; did you mean 'optim.learning_rate'?"),
+        (
+            ["--run.seed", "9" * 23],
+            "--run.seed is '99999999999999999999999': input should be less",
+        ),
         (["--optim.lr", "3"], "--optim.lr is not a setting; did you mean 'optim.learning_rate'?"),
         (["--lr", "3"], "--lr is not a setting; did you mean 'optim.learning_rate'?"),
         (["--rank", "3"], "--rank is not a setting; did you mean 'lora.rank'?"),
         (["--data.train", "{path: x"], "--data.train '{path: x' is not valid YAML at line 1, column 9"),
-        (["--data.train", "[" * 5000], "is not valid YAML at line 1, column 101: lists and mappings are nested more"),
+        (
+            ["--data.train", "[" * 5000 + "]"],
+            "not valid YAML at line 1, column 101: lists and mappings are nested more",
+        ),
         (["--data.train", f"[&a [x], {'*a, ' * 9000}*a]"], "aliases stand for more than 10,000 values"),
         (["--data.train", "[2026-13-45]"], "'2026-13-45' looks like a value of type timestamp and is none"),
         (["--style", "chatglm3"], "--style is not a setting; did you mean 'evaluation.style'?"),
@@ -436,3 +445,23 @@ def test_a_runs_config_in_the_folder_one_stands_in_has_its_name(
     monkeypatch.chdir(tmp_path)
     Path("config.yaml").write_text("data: {train: rows.jsonl}\n")
     assert load_config(["config.yaml"], default="demo").name == tmp_path.name
+
+
+def test_patterns_that_begin_with_a_bracket_are_text() -> None:
+    flags = ["--data.train", "[a-z]*.jsonl", "--lora.target_modules", "[qv]_proj"]
+    config = load_config(flags, default="demo").config
+    assert (config.data.train[0].path, config.lora.target_modules) == ("[a-z]*.jsonl", "[qv]_proj")
+    config = load_config(["--data.train", "[a.jsonl, b.jsonl]"], default="demo").config
+    assert [source.path for source in config.data.train] == ["a.jsonl", "b.jsonl"]
+
+
+def test_the_order_of_validation_sets_matters_where_the_first_decides() -> None:
+    sets = {name: [{"path": f"{name}.jsonl"}] for name in ("chat", "tools")}
+    one, other = (
+        Config.model_validate({"data": {"validation": each}}) for each in (sets, dict(reversed(sets.items())))
+    )
+    assert trajectory_hash(one) == trajectory_hash(other)
+    assert changed_settings(one, other) == {}
+    one, other = (each.with_values("checkpoint", best_by="first") for each in (one, other))
+    assert trajectory_hash(one) != trajectory_hash(other)
+    assert changed_settings(one, other) == {"checkpoint.best_by": ("first (chat)", "first (tools)")}

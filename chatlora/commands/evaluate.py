@@ -4,10 +4,15 @@ from collections.abc import Sequence
 
 from chatlora.commands.processes import parse, start
 from chatlora.evaluation import command_line
+from chatlora.evaluation.named_files import refuse_missing_files
 
 
 def run(argv: Sequence[str]) -> None:
     asked = parse(argv)
-    # Mistakes are told once, not by every process.
-    request = None if asked.is_help else command_line.parse(asked.words)
-    start("evaluate", asked, alone=request is not None and request.predictions is not None)
+    alone = False
+    if not asked.is_help:  # mistakes are told once, not by every process
+        request = command_line.parse(asked.words)
+        alone = request.predictions is not None
+        if not alone:
+            refuse_missing_files(request)
+    start("evaluate", asked, alone=alone)

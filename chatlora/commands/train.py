@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 from chatlora.commands.processes import parse, start
 from chatlora.config_files import load_config
+from chatlora.training.named_files import refuse_missing_files
 
 
 def run(argv: Sequence[str]) -> None:
     asked = parse(argv)
     if not asked.is_help:
-        load_config(asked.words, default="demo")  # its mistakes are told once, not by every process
+        # Mistakes are told once, not by every process.
+        refuse_missing_files(load_config(asked.words, default="demo").config)
     start("train", asked)

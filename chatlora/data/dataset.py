@@ -155,6 +155,7 @@ def prepare_training_data(
     validation = {name: ExampleSet(store, np.arange(len(store))) for name, store in named}
     if held_out.get("validation"):
         validation[UNNAMED] = held_out["validation"]
+    by_name = dict(zip(["", *separate], stores, strict=True))
     accounts = _accounts(stores[0], ~trained)
     for store in stores[1:]:
         accounts += _accounts(store, np.ones(len(store), bool))
@@ -164,7 +165,7 @@ def prepare_training_data(
         held_out=held_out,
         inputs=inputs,
         ledger=ledger_of(accounts),
-        fingerprint=digest([store.record["sha256"] for store in stores]),
+        fingerprint=digest([by_name[name].record["sha256"] for name in sorted(by_name)]),
         seconds=sum(store.record["seconds"] for store in stores),
         proof_seconds=sum(store.record["proof_seconds"] for store in stores),
         any_reasoning=found.any_reasoning,

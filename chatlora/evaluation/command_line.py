@@ -76,22 +76,23 @@ def parse(argv: Sequence[str]) -> Request:
         given = parser().parse_args([*words.names[:1], *(f"--{word}={value}" for word, value in words.own.items())])
     except argparse.ArgumentError as error:
         raise ConfigError(*words.problems, str(error)) from None
-    problems = _written_twice(given, words.flags)
+    twice = _written_twice(given, words.flags)
     _as_words(given, words.flags)
-    problems += [*_conflicts(given, words.names), *_useless(given, words.flags)]
-    if problems:
-        raise ConfigError(*words.problems, *problems)
+    conflicts = [*twice, *_conflicts(given, words.names)]
+    problems = [*words.problems, *conflicts, *_useless(given, words.flags)]
     shorts = {setting: getattr(given, word) for word, setting in SHORT.items()}
     flags = words.flags | {setting: value for setting, value in shorts.items() if value is not None}
+    if conflicts:
+        read_config(None, flags, problems)  # raises them, with what is wrong in the values
     if given.predictions is not None:
         folder = given.output_dir or Path("eval") / given.predictions.stem
-        return _refuse_other_results(Request(read_config(None, flags, words.problems), folder, given.predictions))
+        return _refuse_other_results(Request(read_config(None, flags, problems), folder, given.predictions))
     split = given.split or "test"
     if given.run_dir is not None:
-        config, home = _config_of_run(given.run_dir, flags, words.problems), given.run_dir / "eval"
+        config, home = _config_of_run(given.run_dir, flags, problems), given.run_dir / "eval"
         adapter = given.adapter or given.run_dir / "adapter"
     else:
-        config, home, adapter = read_config(None, flags, words.problems), Path("eval"), given.adapter
+        config, home, adapter = read_config(None, flags, problems), Path("eval"), given.adapter
     if given.data is not None and isinstance(config.data.test, float):
         raise ConfigError(
             f"--data is {given.data}, a share: name the rows themselves; those that a run held out are its --split test"

@@ -1,35 +1,52 @@
 """The files that a config names, looked at before anything heavy is imported and before there is a run directory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from chatlora.config import Config, with_absolute_paths
+from chatlora.config import Config, ModelConfig, Source, with_absolute_paths
 from chatlora.errors import ChatLoraError, ConfigError, similar_beside
 from chatlora.model.folder import find_adapter, refuse_no_model
 from chatlora.reading.sources import files_of
 
+Named = tuple[str, Callable[[], object]]  # a setting, and what raises where that which it names is not there
+
 
 def refuse_missing_files(config: Config) -> None:
-    """Raise ConfigError with every file and folder that is named and is not there. The hub is not asked."""
+    """Raise ConfigError with every file and folder that a training names and is not there. The hub is not asked."""
     config = with_absolute_paths(config)
-    problems = [f"{setting}: {problem}" for setting, problem in _missing(config)]
+    data = config.data
+    test = () if isinstance(data.test, float) else data.test
+    validation = [source for sources in data.validation_sets.values() for source in sources]
+    refuse_missing(
+        *named_rows("data.train", data.train),
+        *named_rows("data.validation", validation),
+        *named_rows("data.test", test),
+        *named_by_model(config.model),
+        *named_adapter("lora.init_from", config.lora.init_from),
+    )
+
+
+def refuse_missing(*named: Named) -> None:
+    """Raise ConfigError with all that is not there."""
+    problems = [f"{setting}: {problem}" for setting, look in named for problem in _told(setting, look)]
     if problems:
         raise ConfigError(*problems)
 
 
-def _missing(config: Config) -> Iterator[tuple[str, str]]:
-    data, template, adapter = config.data, config.model.chat_template, config.lora.init_from
-    test = () if isinstance(data.test, float) else data.test
-    validation = [source for sources in data.validation_sets.values() for source in sources]
-    for setting, sources in (("train", data.train), ("validation", validation), ("test", test)):
-        for source in sources:
-            yield from _told(f"data.{setting}", partial(files_of, source))
-    yield from _told("model.name_or_path", partial(refuse_no_model, config.model))
-    if template is not None:
-        yield from _told("model.chat_template", partial(_refuse_no_file, template))
-    if adapter is not None:
-        yield from _told("lora.init_from", partial(find_adapter, adapter))
+def named_rows(setting: str, sources: Sequence[Source]) -> list[Named]:
+    return [(setting, partial(files_of, source)) for source in sources]
+
+
+def named_by_model(model: ModelConfig) -> list[Named]:
+    template: list[Named] = []
+    if model.chat_template is not None:
+        template = [("model.chat_template", partial(_refuse_no_file, model.chat_template))]
+    return [("model.name_or_path", partial(refuse_no_model, model)), *template]
+
+
+def named_adapter(setting: str, adapter: Path | None) -> list[Named]:
+    return [] if adapter is None else [(setting, partial(find_adapter, adapter))]
 
 
 def _refuse_no_file(path: Path) -> None:
@@ -39,11 +56,11 @@ def _refuse_no_file(path: Path) -> None:
         raise ConfigError(f"{path}: no such file{similar_beside(path)}")
 
 
-def _told(setting: str, look: Callable[[], object]) -> Iterator[tuple[str, str]]:
+def _told(setting: str, look: Callable[[], object]) -> Iterator[str]:
     try:
         look()
     except ChatLoraError as error:
         for problem in error.problems:
-            yield setting, problem.removeprefix(f"{setting}: ")
+            yield problem.removeprefix(f"{setting}: ")
     except OSError as error:  # a name that is too long, a folder that may not be looked into
-        yield setting, f"{error.filename}: {error.strerror}"
+        yield f"{error.filename}: {error.strerror}"

@@ -100,7 +100,8 @@ def load_data(
     for line in [*summary_lines(data.ledger), *data.lines_on_sets(config.checkpoint.best_by)]:
         say(line)
     if config.evaluation.after_training and not (test or data.held_out.get("test")):
-        say("evaluation.after_training: there will be none, since data.test names no rows")
+        reason = "holds out no rows" if config.data.test else "names no rows"
+        say(f"evaluation.after_training: there will be none, since data.test {reason}")
     share = data.proof_seconds / max(data.seconds, 1e-9)
     say(f"rendering took {data.seconds:,.1f} s of work when it was done, {share:.0%} of it to prove the targets exact")
     return (
@@ -220,7 +221,7 @@ def describe_run(
 def contents_of(config: Config) -> dict[str, Any]:
     """Setting -> sha256 of what stands in the files that it names: found without rendering anything."""
     data, template = config.data, config.model.chat_template
-    validation = [source for sources in data.validation_sets.values() for source in sources]
+    validation = [source for _, sources in sorted(data.validation_sets.items()) for source in sources]
     try:
         text = None if template is None else sha256_of(template)
     except OSError as error:

@@ -7,9 +7,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from chatlora.commands import evaluate as evaluate_command
+from chatlora.commands import train as train_command
 from chatlora.commands.processes import launcher_flags, parse
 from chatlora.errors import ConfigError
 from chatlora.scripts import CONFIGS, launcher_file, load_script, script_path
@@ -187,3 +190,15 @@ def test_numbers_of_processes_that_are_none(tmp_path: Path, name: str) -> None:
     file.write_text(f"{name}: auto\n")
     with pytest.raises(ConfigError, match=rf"launcher\.yaml: {name} is 'auto'"):
         launcher_flags({"config_file": str(file)}, lambda: 2)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (train_command, ["--data.train", "nix.jsonl"]),
+        (evaluate_command, ["--model", "owner/name", "--data", "nix.jsonl"]),
+    ],
+)
+def test_what_is_not_there_is_told_before_any_process_begins(command: ModuleType, words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"nix\.jsonl: no such file"):
+        command.run([*words, "--num_processes", "2"])

@@ -197,6 +197,9 @@ def test_named_validation_sets_stay_apart_and_change_neither_rows_nor_order(tmp_
         "validation set tools: 7 rows",
         "what is best goes by the loss of chat (checkpoint.best_by)",
     ]
+    swapped = prepare(tmp_path, train=train, validation={"tools": [tools, {"path": chat}], "chat": chat})
+    other = prepare(tmp_path, train=train, validation={"tools": chat, "chat": [tools, {"path": chat}]})
+    assert swapped.fingerprint == data.fingerprint != other.fingerprint
 
 
 def test_repeat_counts_for_training_rows_only(tmp_path: Path) -> None:

@@ -40,6 +40,19 @@ def test_help_answers_without_heavy_imports() -> None:
     assert not imported & {"torch", "transformers", "jieba", "rich", "nltk", "pyarrow"}
 
 
+def test_what_is_not_there_is_told_at_once_without_torch(tmp_path: Path) -> None:
+    words = ["--model", "./modle", "--adapter", "adpater", "--data", "rows.jsonl", "--model.chat_template", "own.jinja"]
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import evaluate\nfrom chatlora.errors import ConfigError\n"
+        f"try: evaluate.main({words})\n"
+        "except ConfigError as error: print(error); sys.exit('torch' in sys.modules)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    for name in ("--data: rows.jsonl", "./modle does not exist", "own.jinja: no such file", "adpater holds no adapter"):
+        assert name in told.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -73,6 +86,14 @@ def test_help_answers_without_heavy_imports() -> None:
         ),
         (["--model", "m", "--data", "f", "--evaluation.max_new_tokens", "0"], ["--evaluation.max_new_tokens is '0'"]),
         (["--model", "m", "--data", "f", "--optim.epochs", "1"], ["--optim.epochs has no use with evaluate.py"]),
+        (
+            ["--model", "m", "--data", "f", "--evaluation.max_new_tokens", "x", "--optim.rank", "3", "--split", "test"],
+            ["did you mean 'lora.rank'", "--evaluation.max_new_tokens is 'x'"],
+        ),
+        (
+            ["--model", "m", "--data", "f", "--data.max_length", "3", "--evaluation.max_new_tokens", "x"],
+            ["--data.max_length has no use", "--evaluation.max_new_tokens is 'x'"],
+        ),
         (["--model", "m", "--model.name_or_path", "n", "--data", "f"], ["--model and --model.name_or_path are one"]),
         (["--model", "m", "--data", "f", "--split", "tset"], ["argument --split: invalid choice: 'tset'"]),
         (["--model", "m", "--data", "0.1"], ["--data is 0.1, a share: name the rows themselves"]),
