@@ -33,6 +33,7 @@ model on a small real data set, minutes on a laptop's CPU. Settings alone go ove
 named after its rows. A run's own config.yaml continues or repeats it."""
 
 SAVED = "stopped after step {}, which is saved: the same command goes on from there"
+LAST_SAVED = "stopped after the last step, which is saved: the same command exports the adapter"
 
 
 def train(
@@ -86,6 +87,9 @@ def train(
         if stop:
             runtime.barrier()  # a rank that leaves earlier may have its launcher end rank 0 while that one writes
             raise Stopped(SAVED.format(done))
+
+    if any(runtime.all_reduce_sum(runtime.stop_requested())):  # it came while the last step was saved
+        raise Stopped(LAST_SAVED)
 
 
 def validate(

@@ -180,7 +180,7 @@ def main() -> None:
 
     import torch
 
-    from chatlora.distributed.runtime import multiplies_bf16
+    from chatlora.distributed.precision import multiplies_bf16
 
     bf16 = multiplies_bf16(torch.device("cpu"))
     precisions = arguments.precision or (["fp32", "bf16"] if bf16 else ["fp32"])

@@ -1,13 +1,15 @@
 """Files and folders on disk: there whole or not at all, synced, and as readable as the umask says.
 
-What is written stands beside its place until it is whole, under `.NAME.PID.partial`: a reader sees the old one or the
-new one, never a part, and `sweep` knows what a killed process left.
+What is written stands beside its place until it is whole, under `.NAME.HOST.PID.partial`: a reader sees the old one or
+the new one, never a part, and `sweep` knows what a killed process left. For an instant in which one folder takes the
+place of another, neither is there.
 """
 
 import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ def written_beside(path: Path) -> Iterator[Path]:
 
     Where the block fails, `path` stays as it was.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    beside = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}{PARTIAL}")
     _remove(beside)
     try:
         yield beside

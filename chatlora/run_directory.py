@@ -83,7 +83,8 @@ class RunDirectory:
             write_text(self.path / "config.yaml", config_text(config))
             write_json(self.path / "environment.json", environment)
             write_json(self.path / "ledger.json", ledger)
-            self._tell("running", "")
+            if self._is_decided("done"):
+                self._tell("running", "")
 
     def resume_logs(self, step: int, num_steps: int, batches: Batches) -> None:
         """Cut the logs back to the checkpoint, or empty them on a fresh run, and show the progress."""
@@ -176,15 +177,22 @@ class RunDirectory:
         lines = read_log(self.path / VALIDATION)
         return int(min(lines, key=lambda line: (math.isnan(line["loss"]), line["loss"]))["step"]) if lines else None
 
+    def stalled_at(self, patience: int | None) -> int | None:
+        """The step of the first validation with which `patience` of them had brought no better loss. From the log."""
+        best, since = math.nan, 0
+        for line in read_log(self.path / VALIDATION):
+            better = line["loss"] < best or math.isnan(best)
+            best, since = (line["loss"], 0) if better else (best, since + 1)
+            if since == patience:
+                return int(line["step"])
+        return None
+
     def has_stalled(self, patience: int | None) -> bool:
         """Whether the last `patience` validations brought no better loss. Told from the log, as a resume does."""
-        best = self.best_step()
-        if patience is None or best is None:
-            return False
-        since: int = sum(line["step"] > best for line in read_log(self.path / VALIDATION))
-        if since >= patience:
-            self.say(f"no better validation loss in {since} validations since step {best}: the run ends here")
-        return since >= patience
+        stalled = self.stalled_at(patience) is not None
+        if stalled:
+            self.say(f"no better validation loss in {patience} validations since step {self.best_step()}: it ends here")
+        return stalled
 
     def sync_logs(self) -> None:
         """Wait until the logs are on the disk: they are never behind a checkpoint."""
@@ -217,6 +225,8 @@ class RunDirectory:
         except Stopped as stop:
             if self.writes and not self._is_decided("done", "failed"):
                 self._tell("stopped", str(stop))
+            raise
+        except SystemExit:  # rank 0 tells why
             raise
         except BaseException as error:
             # Of all ranks, the first that fails says why: what follows on the others is its doing.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from chatlora.checkpoint_names import MANIFEST, published
+from chatlora.checkpoint_names import MANIFEST, published, step_of
 from chatlora.config import Config, changed_settings, trajectory_hash, with_absolute_paths
 from chatlora.config_files import config_from_file
 from chatlora.errors import ConfigError, LaunchError
@@ -137,6 +137,24 @@ def refuse_other_inputs(config: Config, environment: Mapping[str, Any]) -> None:
         raise ConfigError(
             *(f"{what} changed since the run in {path} was begun" for what in changed),
             "Put it back as it was, or give this run a folder of its own with --run.output_dir",
+        )
+
+
+def refuse_shorter(config: Config, num_steps: int, stalled_at: int | None) -> None:
+    """Raise ConfigError where a run would go on that is longer already than it shall become.
+
+    stalled_at: the step with which its validations, as logged, end it.
+    """
+    path = resume_source(config)
+    if path is None:
+        return
+    own = published(path / "checkpoints")
+    done = step_of(own[-1]) if path == config.run.output_dir and own else 0
+    end = min(num_steps, num_steps if stalled_at is None else stalled_at)
+    if done > end:
+        raise ConfigError(
+            f"the run in {path} has {done:,} steps already, and with these settings it ends after step {end:,}: give "
+            "this run a folder of its own with --run.output_dir"
         )
 
 

@@ -17,12 +17,14 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+PLANT_FAILED = 99
 DEADLINE = 240.0  # seconds; a process that hangs is killed with its stack in the log, before pytest ends the test
 
 
@@ -103,7 +105,9 @@ class ForkServer:
 
     def wait(self, pids: Sequence[int], deadline: float = DEADLINE) -> list[int]:
         """Exit statuses; the negative number of the signal where one ended it."""
-        return [self._ask({"wait": pid, "deadline": deadline}) for pid in pids]
+        statuses = [self._ask({"wait": pid, "deadline": deadline}) for pid in pids]
+        assert PLANT_FAILED not in statuses, f"what was to break the program is broken itself: see {self.log}"
+        return statuses
 
     def run(self, argv: Sequence[str], cwd: Path, **options: Any) -> list[int]:
         return self.wait(self.start(argv, cwd, **options))
@@ -143,26 +147,35 @@ def serve() -> None:
 
 def warm() -> None:
     """Import what a run imports late, too: PEFT's tables, pyarrow's pandas, generation, DeepSpeed and FSDP."""
+    import gc
+
     import accelerate.commands.launch
     import accelerate.utils.fsdp_utils
+    import deepspeed.module_inject.auto_ep_layer
+    import deepspeed.runtime.superoffload.superoffload_stage3
     import deepspeed.runtime.zero.muon.muon_optimizer
+    import numpy.ctypeslib
     import pandas  # noqa: F401
     import peft
     import pyarrow.compute
     import transformers
 
     import chatlora.evaluation.setup
+    import chatlora.training.export
     import chatlora.training.setup
     import chatlora.training.state
     import evaluate
     import train
 
-    del accelerate, chatlora, deepspeed, evaluate, pyarrow, train
+    deepspeed.ops.__compatible_ops__  # noqa: B018  asks a compiler, once
+    del accelerate, chatlora, deepspeed, evaluate, numpy, pyarrow, train
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = transformers.LlamaConfig(vocab_size=8, **shape)
     model = transformers.AutoModelForCausalLM.from_config(config)
     peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     transformers.AutoTokenizer  # noqa: B018  a lazy import
+    gc.collect()
+    gc.freeze()  # what a run collects is its own, not all of this
 
 
 def launch(request: dict[str, Any]) -> int:
@@ -173,8 +186,6 @@ def launch(request: dict[str, Any]) -> int:
         except SystemExit as leaving:
             status = int(leaving.code or 0)
         except BaseException:
-            import traceback
-
             traceback.print_exc()
             status = 1
         sys.stdout.flush()
@@ -204,7 +215,11 @@ def play(request: dict[str, Any]) -> int:
         note_examples(Path(request["trace"]) / f"rank-{request['rank']}.jsonl")
     os.environ |= request["environment"] or {}
     if request["broken"]:
-        exec(request["broken"], {})
+        try:
+            exec(request["broken"], {})
+        except ImportError:
+            traceback.print_exc()
+            return PLANT_FAILED
     if request["at"]:
         at = At(*request["at"])
         if at.rank in (None, request["rank"]):

@@ -62,3 +62,22 @@ class InGroups(torch.optim.SGD):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         super().step(closure)
         self.param_groups[0]["distance"] = self.param_groups[0].get("distance", 0.5) * 2
+
+
+class Hidden(torch.optim.SGD):
+    """Counts where no parameter's state is: in a tensor of its group or of its state, or in a number of its own."""
+
+    def __init__(self, parameters: Any, place: str) -> None:
+        super().__init__(parameters, lr=0.0, momentum=0.9)
+        self.place, self.hidden = place, 0.0
+        self.param_groups[0]["hidden"] = [torch.zeros(2)]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        match self.place:
+            case "group":
+                self.param_groups[0]["hidden"][0].add_(1)
+            case "attribute":
+                self.hidden += 1
+            case _:
+                self.state["hidden"] = torch.ones(1)  # type: ignore[index]

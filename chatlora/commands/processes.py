@@ -16,9 +16,9 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from chatlora.config_files import HELP, read_yaml
-from chatlora.distributed.signals import LAUNCHED, SIGNALS, StopSignals
+from chatlora.distributed.signals import SIGNALS, StopSignals, is_launched
 from chatlora.errors import PROCESSES, ConfigError, LaunchError, Stopped
-from chatlora.scripts import launcher_file, load_script, script_path
+from chatlora.scripts import CONFIGS, launcher_file, load_script, script_path
 
 # What goes to `accelerate launch`; every other word is the script's.
 NUMBERS = ("num_processes", "num_machines", "machine_rank", "main_process_port")
@@ -64,11 +64,11 @@ def start(script: str, asked: Asked, *, alone: bool = False) -> None:
         print(USAGE.format(script))
         load_script(script).main(["--help"])
         return
-    is_launched = any(name in os.environ for name in (*LAUNCHED, "LOCAL_RANK"))
-    if is_launched and asked.flags:
+    inside = is_launched() or "LOCAL_RANK" in os.environ
+    if inside and asked.flags:
         raise LaunchError(f"--{next(iter(asked.flags))}: this is a launcher's process already, which cannot launch")
     with StopSignals():  # torch is imported, to count
-        launcher = None if alone or is_launched else launcher_flags(asked.flags)
+        launcher = None if alone or inside else launcher_flags(asked.flags)
     if launcher is None:
         load_script(script).main(asked.words)
         return
@@ -103,8 +103,9 @@ def launcher_flags(flags: Mapping[str, str], gpus: Callable[[], int] = num_gpus)
     if "main_process_port" not in settings:
         chosen.setdefault("main_process_port", "0")  # any that is free
     in_file = _count(settings, "num_processes", file)
-    if "num_processes" not in chosen and in_file > 1 and 0 < gpus() < in_file:
-        chosen["num_processes"] = str(gpus())
+    is_ours = file.parent == CONFIGS  # its number is that of an example
+    if "num_processes" not in chosen and in_file > 1 and (is_ours or 0 < gpus() < in_file):
+        chosen["num_processes"] = str(max(1, gpus()))
     return chosen
 
 

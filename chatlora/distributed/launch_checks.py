@@ -138,6 +138,8 @@ def _engine(launch: LaunchInfo) -> Iterator[Problem]:
             "RANK", f"{asked} was asked for, but no launcher gave this process a rank: use `accelerate launch`"
         )
     elif launch.num_processes == launch.world_size and launch.engine != asked:
+        if (asked, launch.engine) == ("single", "ddp") and launch.world_size == 1:
+            return  # accelerate wraps the one process of a launcher, too
         yield Problem("distributed_type", f"{asked} was asked for and {launch.engine} runs: see {CONFIGS}/")
 
 

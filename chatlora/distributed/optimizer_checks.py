@@ -6,7 +6,7 @@ optimizer learns in the first step, and under DeepSpeed before it, what a resume
 
 from collections import defaultdict
 from collections.abc import Mapping
-from copy import copy
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
@@ -18,24 +18,48 @@ ELSEWHERE = "a checkpoint holds the tensors of optimizer.state[parameter] and no
 
 def refuse_forgetful(optimizer: torch.optim.Optimizer) -> None:
     """Have every step of an optimizer raise CheckpointError where it keeps something that no checkpoint would hold."""
-    before: list[dict[str, Any]] = []
+    before: dict[str, Any] = {}
 
     def remember(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        before[:] = [_settings(group) for group in optimizer.param_groups]
+        before.clear()
+        before.update(_elsewhere(optimizer))
 
     def check(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group, known in zip(optimizer.param_groups, before, strict=True):
-            changed = [name for name, value in _settings(group).items() if known.get(name) != value]
-            if changed:
-                raise CheckpointError(f"{_name(optimizer)} keeps {changed[0]} in its param_groups: {ELSEWHERE}")
+        changed = [name for name, value in _elsewhere(optimizer).items() if not _same(before.get(name), value)]
+        if changed:
+            raise CheckpointError(f"{_name(optimizer)} keeps something in its {changed[0]}: {ELSEWHERE}")
+        for group in optimizer.param_groups:
             _check_states(optimizer, group)
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(check)
 
 
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if isinstance(value, (int, float, str, tuple))}
+def _elsewhere(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Copies of the numbers and tensors that stand anywhere but in the state of a parameter, by where they stand."""
+    found = {
+        f"param_groups[{number}][{name!r}]": value
+        for number, group in enumerate(optimizer.param_groups)
+        for name, value in group.items()
+        if name != "params"
+    }
+    found |= {f"attribute {name}": value for name, value in vars(optimizer).items() if not isinstance(value, bool)}
+    found |= {f"state[{name!r}]": value for name, value in optimizer.state.items() if isinstance(name, str)}
+    return {name: deepcopy(value) for name, value in found.items() if _is_data(value)}
+
+
+def _is_data(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_data, value))
+    return isinstance(value, (int, float, str, torch.Tensor))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other)
 
 
 def _check_states(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> None:
@@ -64,7 +88,8 @@ def refuse_flat(optimizer: torch.optim.Optimizer) -> None:
     """
     sentence = (
         f"{_name(optimizer)} does not compute each element of an update by itself, and DeepSpeed gives it flat pieces "
-        "instead of matrices: use accelerate_configs/multi_gpu.yaml, or fsdp2.yaml for a model larger than one GPU"
+        "instead of matrices: use accelerate_configs/multi_gpu.yaml, or for a model larger than one GPU fsdp2.yaml, "
+        "where it takes sharded parameters"
     )
     for group in optimizer.param_groups:
         try:

@@ -1,9 +1,10 @@
 """The processes, devices and precision of a run: the verbs of the loop, whatever engine carries them out."""
 
 import hashlib
+import json
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -13,14 +14,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from chatlora.config import Config, RunConfig
+from chatlora.config import Config
 from chatlora.distributed import engines, optimizer_state
 from chatlora.distributed.deepspeed import engine_settings
 from chatlora.distributed.launch_checks import check_launch, notes_on
 from chatlora.distributed.launch_info import is_installed, launch_info_of, num_cores
 from chatlora.distributed.optimizer_checks import refuse_flat, refuse_forgetful
+from chatlora.distributed.precision import multiplies_bf16, resolve_precision
 from chatlora.distributed.signals import StopSignals
-from chatlora.errors import LaunchError, Problem
+from chatlora.errors import ChatLoraError, LaunchError, Problem
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -200,6 +202,20 @@ class Runtime:
         raw = raw if self.is_main else torch.zeros(int(size), dtype=torch.uint8, device=self.device)
         return bytes(accelerate.utils.broadcast(raw).tolist()).decode()
 
+    def decided_by_main(self, decide: Callable[[], str]) -> str:
+        """What rank 0 decides, on every rank. A mistake that it finds it tells alone; all leave with that status."""
+        answer: dict[str, Any] = {}
+        if self.is_main:
+            try:
+                answer = {"text": decide(), "status": 0}
+            except ChatLoraError as error:
+                self.broadcast_text(json.dumps({"status": error.exit_status}))
+                raise
+        answer = json.loads(self.broadcast_text(json.dumps(answer)))
+        if answer["status"]:
+            raise SystemExit(answer["status"])
+        return str(answer["text"])
+
     def peak_memory_bytes(self) -> int:
         """The most this process has held: on the GPU where there is one, else in main memory."""
         if self.device.type == "cuda":
@@ -264,23 +280,3 @@ def _use_cores(threads: Literal["auto"] | int, num_processes: int) -> None:
     """`accelerate launch` exports OMP_NUM_THREADS=1, whatever the machine has."""
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
     torch.set_num_threads(max(1, num_cores() // processes_here) if threads == "auto" else threads)
-
-
-def resolve_precision(run: RunConfig, device: torch.device) -> torch.dtype:
-    """The base model's dtype."""
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if run.precision == "fp32":
-        return torch.float32
-    if run.precision == "bf16" or launcher == "bf16" or multiplies_bf16(device):
-        return torch.bfloat16
-    return torch.float32
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 natively: CUDA since Ampere, CPUs with AVX512-BF16 or AMX."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return False

@@ -19,7 +19,8 @@ from typing import Any, Self
 from chatlora.errors import Stopped
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
-LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate launch, by torchrun
+# Set by torchrun, and by `accelerate launch` with one process. The first of the latter is also what users export.
+LAUNCHED = (("TORCHELASTIC_RUN_ID",), ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"))
 PR_SET_PDEATHSIG, PR_GET_PDEATHSIG = 1, 2  # prctl(2)
 AGAIN = 0.01  # seconds after which a stop that was dropped is sent again
 
@@ -46,7 +47,7 @@ class StopSignals:
             if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup
                 continue
             self._before[number] = signal.signal(number, self._arrived)
-        if any(name in os.environ for name in LAUNCHED):
+        if is_launched():
             # `accelerate launch` with one process does not pass SIGTERM on, but dies of it.
             self._death_signal_before = swap_death_signal(signal.SIGTERM)
         return self
@@ -60,7 +61,7 @@ class StopSignals:
 
     @contextmanager
     def noted(self, doing: Callable[[], str], say: Callable[[str], None]) -> Iterator[None]:
-        """Within, a signal only sets `requested`; one that came too late to be obeyed is obeyed at the end.
+        """Within, a signal only sets `requested`; one that came after all ranks last asked is obeyed at the end.
 
         `say` tells what `doing` says is being finished, at once and again and again, from a thread of its own: the
         handler may have interrupted the one that holds the console.
@@ -118,6 +119,10 @@ class StopSignals:
         self.requested = False
         # By another thread and a little later: what is raised within this hook is dropped as well.
         threading.Timer(AGAIN, signal.raise_signal, [signal.SIGTERM]).start()
+
+
+def is_launched() -> bool:
+    return any(all(name in os.environ for name in names) for names in LAUNCHED)
 
 
 def swap_death_signal(number: int) -> int | None:

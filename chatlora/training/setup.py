@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +41,7 @@ from chatlora.model.loss import TargetLoss
 from chatlora.reading.scan import inputs_of, scan
 from chatlora.rendering.renderer import Renderer
 from chatlora.run_directory import RunDirectory
-from chatlora.run_lock import INPUTS, lock_run, refuse_other_inputs
+from chatlora.run_lock import INPUTS, lock_run, refuse_other_inputs, refuse_shorter
 from chatlora.training.checkpoint import refuse_full_disk
 from chatlora.training.schedule import Schedule
 
@@ -52,16 +53,20 @@ def open_run(loaded: Loaded, runtime: Runtime) -> tuple[Config, RunDirectory, bo
 
     Rank 0 decides, from its own disk; the others are told.
     """
-    lock, told = None, ""
-    if runtime.is_main:
+    locks: list[FileLock] = []
+
+    def open_it() -> str:
         (config, finished), lock = lock_run(loaded.config, loaded.name, contents_of)
+        locks.append(lock)
         if finished:  # what an evaluation is told may have changed
             assert config.run.output_dir is not None
             write_text(config.run.output_dir / "config.yaml", config_text(config))
-        told = json.dumps({"config": config.as_dict(), "finished": finished})
-    answer = json.loads(runtime.broadcast_text(told))
+        return json.dumps({"config": config.as_dict(), "finished": finished})
+
+    answer = json.loads(runtime.decided_by_main(open_it))
     config = Config.model_validate(answer["config"])
     assert config.run.output_dir is not None
+    lock = locks[0] if runtime.is_main else None
     run = RunDirectory(config.run.output_dir, lock=lock, peak_memory=runtime.peak_memory_bytes)
     return config, run, answer["finished"]
 
@@ -208,13 +213,18 @@ def describe_run(
         f"{steps:,} steps of {config.optim.global_batch_size} examples; the first: {first.num_tokens:,} tokens in "
         f"{first.num_micro_batches} micro-batch(es) a process, of at most {loader.token_budget:,} tokens each"
     )
-    if runtime.is_main:
-        environment |= {"contents": contents_of(config)}
+
+    def accept() -> str:
+        environment["contents"] = contents_of(config)
         refuse_other_inputs(config, environment)
+        refuse_shorter(config, steps, run.stalled_at(config.checkpoint.stop_after_no_gain))
         size = sum(num_elements(parameter) for parameter in trainable(adapted).values())
         refuse_full_disk(run.checkpoints, size, config.checkpoint.keep_last)
         if data.held_out:
             write_json(run.path / HELD_OUT, data.held_out_rows())
+        return ""
+
+    runtime.decided_by_main(accept)
     run.describe(config, environment, data.ledger)
 
 

@@ -148,4 +148,7 @@ def _find(resume: str, run: RunDirectory) -> Checkpoint | None:
     if named is not None and named.resolve().parent == run.checkpoints.resolve():
         return read_checkpoint(named)
     found = newest_checkpoint(run.checkpoints, run.say)
-    return read_checkpoint(named) if found is None and named is not None else found
+    if found is None and named is not None:
+        found = read_checkpoint(named)
+        write_checkpoint(run.checkpoints, found)  # it may be this run's best, too
+    return found

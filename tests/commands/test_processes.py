@@ -154,7 +154,9 @@ def test_a_process_for_each_gpu_and_none_more(tmp_path: Path) -> None:
     assert launcher_flags({"num_processes": "2"}, lambda: 0) == {**ddp, "num_processes": "2"}
     assert launcher_flags({}, lambda: 4) == {**ddp, "num_processes": "4"}
     assert launcher_flags({"config_file": "zero2"}, lambda: 4) == {**zero, "num_processes": "4"}
-    assert launcher_flags({"config_file": "zero2"}, lambda: 8) == zero, "as many as the file says"
+    assert launcher_flags({"config_file": "zero2"}, lambda: 16) == {**zero, "num_processes": "16"}
+    assert launcher_flags({"config_file": "zero2"}, lambda: 0) == {**zero, "num_processes": "1"}
+    assert launcher_flags({"config_file": "cpu"}, lambda: 4) == {**zero, "config_file": str(CONFIGS / "cpu.yaml")}
     (tmp_path / "mine.yaml").write_text("{num_processes: 2, main_process_port: 12345}")
     mine = {"config_file": str(tmp_path / "mine.yaml")}
     assert launcher_flags(mine, lambda: 4) == mine

@@ -141,6 +141,8 @@ AUTO_JSON = {
 GOOD: list[LaunchInfo] = [
     one(),
     one({"LOCAL_RANK": "0", "WORLD_SIZE": "1"}),
+    one({**RANKED, "WORLD_SIZE": "1"}, engine="ddp"),  # torchrun, or a job of one task
+    one({**ALONE, **RANKED, **ELASTIC, "WORLD_SIZE": "1"}, engine="ddp"),
     one(ALONE),
     one({"MASTER_ADDR": "here", "MASTER_PORT": "29500"}),  # left by whoever wrote the job's script
     one({**SEVERAL, "WORLD_SIZE": "1", "RANK": "0"}),

@@ -121,24 +121,26 @@ wait"""
 
 
 @pytest.mark.parametrize(
-    ("state", "restarts", "requeued", "status"),
+    ("state", "saves", "restarts", "requeued", "status"),
     [
-        ("done", 0, False, 0),
-        ("stopped", 0, True, 0),
-        ("running", 49, True, 0),  # killed before it could say anything
-        ("stopped", 50, False, 1),
-        ("failed", 0, False, 1),
-        (None, 0, False, 1),
+        ("done", True, 0, False, 0),
+        ("stopped", True, 0, True, 0),
+        ("stopped", False, 0, False, 1),  # one process was killed while the others loaded
+        ("running", True, 49, True, 0),  # killed before it could say anything
+        ("stopped", True, 50, False, 1),
+        ("failed", True, 0, False, 1),
+        (None, True, 0, False, 1),
     ],
 )
 @pytest.mark.parametrize("page", ["reliability.md", "multi-node.md"])
 def test_the_slurm_scripts_of_the_docs_queue_again_what_was_stopped(
-    page: str, tmp_path: Path, state: str | None, restarts: int, requeued: bool, status: int
+    page: str, tmp_path: Path, state: str | None, saves: bool, restarts: int, requeued: bool, status: int
 ) -> None:
     _, _, text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8").partition("<!-- slurm -->")
     (tmp_path / "job.sh").write_text(text.split("```bash\n")[1].split("```")[0])
-    (tmp_path / "runs" / "my").mkdir(parents=True)
-    told = "true" if state is None else f'echo \'{{"state": "{state}"}}\' > runs/my/status.json; exit 1'
+    (tmp_path / "runs" / "my" / "checkpoints" / "step-000003").mkdir(parents=True)
+    save = "mkdir runs/my/checkpoints/step-000006; " if saves else ""
+    told = "true" if state is None else f'{save}echo \'{{"state": "{state}"}}\' > runs/my/status.json; exit 1'
     for name, body in (("srun", told), ("scontrol", '[ $1 = show ] && echo here || echo "$@" > requeued')):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)

@@ -9,7 +9,7 @@ import torch
 
 from chatlora.distributed.optimizer_checks import refuse_flat, refuse_forgetful
 from chatlora.errors import CheckpointError, LaunchError
-from tests.optimizers import Elsewhere, InGroups, InNumbers, Odd
+from tests.optimizers import Elsewhere, Hidden, InGroups, InNumbers, Odd
 
 Make = Callable[[Any], torch.optim.Optimizer]
 BY_ELEMENT: dict[str, Make] = {
@@ -30,7 +30,13 @@ BY_MATRIX: dict[str, Make] = {
 FORGETFUL: dict[str, tuple[Make, str]] = {
     "elsewhere": (Elsewhere, r"keeps no state for 3 of 3 parameters that had a gradient \(Elsewhere\).*momentum=0"),
     "a number": (lambda p: InNumbers(p, momentum=0.9), "InNumbers keeps 'count', of type int"),
-    "among the settings": (lambda p: InGroups(p, momentum=0.9), "InGroups keeps distance in its param_groups"),
+    "a tensor among the settings": (lambda p: Hidden(p, "group"), r"in its param_groups\[0\]\['hidden'\]"),
+    "a number of its own": (lambda p: Hidden(p, "attribute"), "in its attribute hidden"),
+    "in nobody's state": (lambda p: Hidden(p, "state"), r"in its state\['hidden'\]"),
+    "among the settings": (
+        lambda p: InGroups(p, momentum=0.9),
+        r"InGroups keeps something in its param_groups\[0\]",
+    ),
 }
 
 

@@ -95,11 +95,39 @@ def test_a_run_begins_at_the_checkpoint_of_another_and_goes_on_with_its_own(
     argv += ["--checkpoint.resume", "run/checkpoints/step-000006"]
     assert server.run(argv, tmp_path, at=At("SIGTERM", STEP, 2)) == [75]
     assert [line["step"] for line in read_log(tmp_path / "fork" / LOG)] == [7, 8]
+    assert [step_of(home) for home in published(tmp_path / "fork" / "checkpoints")] == [6, 8], "the first may be best"
     assert server.run(argv, tmp_path) == [0]
     assert [line["step"] for line in read_log(tmp_path / "fork" / LOG)] == [7, 8, 9, 10]
     adapter = "adapter/adapter_model.safetensors"
     assert (tmp_path / "fork" / adapter).read_bytes() == whole(1).outcome[adapter]
     assert [step_of(home) for home in published(tmp_path / "run" / "checkpoints")] == [3, 6], "nothing is deleted there"
+
+
+def test_a_run_that_is_longer_already_is_not_called_shorter(run: Run) -> None:
+    flags = ["--optim.schedule", "constant", "--optim.warmup_ratio", "0", "--checkpoint.every_steps", "2"]
+    folder = run(*flags, "--optim.max_steps", "6")
+    before = outcome(folder), (folder / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"run has 6 steps already, .*it ends after step 4: .*--run\.output_dir"):
+        run(*flags, "--optim.max_steps", "4")
+    lines = [{"step": step, "loss": loss} for step, loss in ((2, 1.0), (4, 2.0), (6, 3.0))]
+    (folder / VALIDATION).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ConfigError, match=r"has 6 steps already, .*it ends after step 4"):
+        run(*flags, "--optim.max_steps", "6", "--checkpoint.stop_after_no_gain", "1")
+    assert ({**outcome(folder), VALIDATION: before[0][VALIDATION]}, (folder / "config.yaml").read_text()) == before
+
+
+def test_what_rank_0_alone_finds_out_it_alone_tells(server: ForkServer, argv: list[str], tmp_path: Path) -> None:
+    flags = [*argv, "--optim.schedule", "constant", "--optim.warmup_ratio", "0"]
+    assert server.run([*flags, "--optim.max_steps", "2"], tmp_path) == [0]
+    for settings, told in (
+        (["--checkpoint.resume", "never"], "checkpoint.resume is never, but"),  # before anything is loaded
+        (["--optim.max_steps", "1"], "has 2 steps already"),  # with all there
+    ):
+        before = server.log.stat().st_size
+        assert server.run([*flags, *settings], tmp_path, ranks=2) == [2, 2]
+        log = server.log.read_bytes()[before:].decode()
+        assert "Traceback" not in log
+        assert log.count(told) == 1
 
 
 def test_a_checkpoint_is_refused_where_it_cannot_be_gone_on_from(run: Run) -> None:
