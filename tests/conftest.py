@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -81,8 +82,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
+@pytest.fixture(scope="session")
+def imported() -> None:
+    """What a run imports is left out of the garbage collection that ends each run."""
+    import chatlora.evaluation.setup
+    import chatlora.training.export
+    import chatlora.training.setup  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
-def run(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def run(world: Path, imported: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """`run("--optim.epochs", "1")` trains in this process and returns the run directory."""
     import train
 

@@ -10,6 +10,7 @@ signal when it enters a function for the n-th time, so that the moment is exact:
 A server that is killed takes its runs with it: the test that waits for one says so, and the next gets another server.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -42,10 +43,10 @@ class ServerEndedError(Exception):
 
 
 class ForkServer:
-    """`environment` is what all its processes have in common."""
+    """`environment` is what all its processes have in common. warm: with everything imported before the first run."""
 
-    def __init__(self, log: Path, **environment: str) -> None:
-        self.log = log
+    def __init__(self, log: Path, *, warm: bool = True, **environment: str) -> None:
+        self.log, self.warm = log, warm
         self.variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
             self.variables.pop(name, None)
@@ -54,7 +55,7 @@ class ForkServer:
     def _begin(self) -> subprocess.Popen[str]:
         """In a session of its own: what is sent to the group of the tests, by `timeout` for one, is not for it."""
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.fork_server"],
+            [sys.executable, "-m", "tests.fork_server", *(["warm"] if self.warm else [])],
             cwd=REPOSITORY,
             env=self.variables,
             stdin=subprocess.PIPE,
@@ -138,7 +139,8 @@ def _free_port() -> int:
 def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # DeepSpeed says on its import what accelerator it found
-    warm()
+    if "warm" in sys.argv:
+        warm()
     for line in sys.stdin:
         request = json.loads(line)
         answer = reap(request) if "wait" in request else launch(request)
@@ -179,10 +181,11 @@ def warm() -> None:
 
 
 def launch(request: dict[str, Any]) -> int:
+    server = os.getpid()
     pid = os.fork()
     if pid == 0:
         try:
-            status = play(request)
+            status = play(request, server)
         except SystemExit as leaving:
             status = int(leaving.code or 0)
         except BaseException:
@@ -194,14 +197,15 @@ def launch(request: dict[str, Any]) -> int:
     return pid
 
 
-def play(request: dict[str, Any]) -> int:
+def play(request: dict[str, Any], server: int) -> int:
     """One rank of one run."""
-    import ctypes
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no run outlives the tests
+    if os.getppid() != server:  # nor a server that was gone before this was said
+        return 1
     import importlib
 
     from chatlora.errors import run_as_script
 
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no run outlives the tests
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)

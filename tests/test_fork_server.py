@@ -10,7 +10,7 @@ from tests.runs import is_alive, wait_until
 
 
 def test_a_server_that_is_killed_costs_the_run_under_way_and_comes_back(tmp_path: Path) -> None:
-    with ForkServer(tmp_path / "log") as own:
+    with ForkServer(tmp_path / "log", warm=False) as own:
         assert os.getpgid(own.process.pid) != os.getpgrp()
         (pid,) = own.start(["--help"], tmp_path, broken="import time; time.sleep(9999)")
         own.process.terminate()

@@ -12,7 +12,7 @@ from tests.launched import REPOSITORY, launched
 
 FLAGS = ["--lora.dropout", "0", "--optim.max_steps", "2", "--evaluation.after_training", "true"]
 FLAGS += ["--evaluation.max_new_tokens", "4"]
-FAST = {"zero3": ("zero3", 2), "fsdp2": ("fsdp2", 2)}
+FAST = {"zero3": ("zero3", 2)}
 SLOW = {
     "cpu": ("single", 1),
     "single_gpu": ("single", 1),
@@ -21,6 +21,7 @@ SLOW = {
     "zero1": ("zero1", 2),
     "zero2": ("zero2", 2),
     "zero3_offload": ("zero3", 2),
+    "fsdp2": ("fsdp2", 2),
 }
 
 

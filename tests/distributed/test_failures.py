@@ -20,10 +20,10 @@ PLACES = {
 }
 RAISES = "from tests.engine_runs import fail; fail(1, {place!r}, {call})"
 KILLED = "from tests.engine_runs import *; os.environ['RANK'] == '1' and arm(At('SIGKILL', {place!r}, {call}))"
-FAST = [("multi_gpu", "step", RAISES), ("zero2", "save", KILLED)]
+FAST = [("multi_gpu", "step", RAISES)]
 SLOW = [
     (config, where, how)
-    for config in ("multi_gpu", "zero3", "fsdp2")
+    for config in ("multi_gpu", "zero2", "zero3", "fsdp2")
     for where in PLACES
     for how in (RAISES, KILLED)
     if (config, where, how) not in FAST

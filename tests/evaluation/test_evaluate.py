@@ -11,7 +11,8 @@ import pytest
 import evaluate
 from chatlora.errors import ChatLoraError, ConfigError
 from chatlora.evaluation.command_line import parse
-from tests.launched import launched
+from tests.engine_runs import environment_of
+from tests.fork_server import ForkServer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -186,7 +187,7 @@ def test_results_of_another_model_adapter_or_file_are_not_written_over(
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base model, an adapter that changes what it says, and rows: single turns, some of them with one
     prompt and several references, one conversation of two turns, and one row that types a control token."""
     import torch
@@ -194,7 +195,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from tests.tiny_models import chatml_tokenizer, tiny_llama
 
-    folder = tmp_path_factory.mktemp("world")
+    folder = tmp_path_factory.mktemp("made")
     tokenizer = chatml_tokenizer()
     model = tiny_llama(len(tokenizer))
     model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids("m"), tokenizer.eos_token_id]
@@ -224,20 +225,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def evaluated(world: Path) -> Path:
-    """The run of `world` after `evaluate.py RUN --compare base`."""
-    evaluate.main([str(world / "run"), "--compare", "base"])
-    return world / "run/eval"
+def evaluated(made: Path) -> Path:
+    """The run of `made` after `evaluate.py RUN --compare base`."""
+    evaluate.main([str(made / "run"), "--compare", "base"])
+    return made / "run/eval"
 
 
-def test_a_run_and_its_base_side_by_side(world: Path, evaluated: Path) -> None:
+def test_a_run_and_its_base_side_by_side(made: Path, evaluated: Path) -> None:
     adapter, base = lines_of(evaluated / "test/predictions.jsonl"), lines_of(evaluated / "test-base/predictions.jsonl")
     assert [line["prediction_raw"] for line in adapter] != [line["prediction_raw"] for line in base]
     for name, lines in (("test", adapter), ("test-base", base)):
         told = json.loads((evaluated / name / "scores.json").read_text("utf-8"))
         assert (told["samples"], told["references"]) == (12, 13)
         assert told["cut_off"] == sum(line["stop_reason"] == "length" for line in lines)
-        assert told["adapter"] == (str(world / "run/adapter") if name == "test" else None)
+        assert told["adapter"] == (str(made / "run/adapter") if name == "test" else None)
         assert set(told["scores"]) == {"rouge-1", "rouge-2", "rouge-l", "bleu-4", "sacrebleu"}
         assert json.loads((evaluated / name / "status.json").read_text("utf-8"))["state"] == "done"
         assert sorted(path.name for path in (evaluated / name).iterdir()) == [
@@ -247,14 +248,14 @@ def test_a_run_and_its_base_side_by_side(world: Path, evaluated: Path) -> None:
         ]
 
 
-def test_both_are_shown_side_by_side_with_samples(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_are_shown_side_by_side_with_samples(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate.main(
         [
-            str(world / "run"),
+            str(made / "run"),
             "--compare",
             "base",
             "--output_dir",
-            str(world / "shown"),
+            str(made / "shown"),
             "--evaluation.style",
             "chatglm3",
         ]
@@ -264,7 +265,7 @@ def test_both_are_shown_side_by_side_with_samples(world: Path, capsys: pytest.Ca
     assert header.index("base") < header.index("adapter") < header.index("gain")
     assert "scores over 12 samples" in shown
     base, adapter = (
-        json.loads((world / name / "scores.json").read_text("utf-8"))["scores"]["bleu-4"]["value"]
+        json.loads((made / name / "scores.json").read_text("utf-8"))["scores"]["bleu-4"]["value"]
         for name in ("shown-base", "shown")
     )
     [line] = [line for line in shown.splitlines() if "bleu-4" in line]
@@ -276,7 +277,7 @@ def test_both_are_shown_side_by_side_with_samples(world: Path, capsys: pytest.Ca
     assert "generating, adapter 12/12" in told
 
 
-def test_one_sample_an_assistant_turn_and_all_references_of_a_prompt(world: Path, evaluated: Path) -> None:
+def test_one_sample_an_assistant_turn_and_all_references_of_a_prompt(made: Path, evaluated: Path) -> None:
     lines = lines_of(evaluated / "test/predictions.jsonl")
     assert [line["turn"] for line in lines] == [0] * 10 + [0, 1]
     assert lines[3]["reference"] == ["a place in 3", "the city centre"]
@@ -284,17 +285,17 @@ def test_one_sample_an_assistant_turn_and_all_references_of_a_prompt(world: Path
     assert lines[-1]["prompt"].endswith(
         "<|im_start|>assistant\n好<|im_end|>\n<|im_start|>user\n门票多少钱？<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert lines[0]["id"] == f"{world / 'rows.jsonl'}:1#0"
+    assert lines[0]["id"] == f"{made / 'rows.jsonl'}:1#0"
 
 
-def test_the_adapters_answers_are_those_of_transformers_and_peft_alone(world: Path, evaluated: Path) -> None:
+def test_the_adapters_answers_are_those_of_transformers_and_peft_alone(made: Path, evaluated: Path) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(world / "base")
-    base = AutoModelForCausalLM.from_pretrained(world / "base")
-    model = PeftModel.from_pretrained(base, world / "run/adapter").eval()
+    tokenizer = AutoTokenizer.from_pretrained(made / "base")
+    base = AutoModelForCausalLM.from_pretrained(made / "base")
+    model = PeftModel.from_pretrained(base, made / "run/adapter").eval()
     for number in (0, 5):
         messages = [{"role": "user", "content": f"name {number}, area"}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
@@ -311,18 +312,18 @@ def test_scoring_the_predictions_again_gives_the_same_scores(evaluated: Path, tm
     assert (tmp_path / "predictions.jsonl").read_bytes() == (evaluated / "test/predictions.jsonl").read_bytes()
 
 
-def test_two_processes_write_what_one_writes(world: Path, evaluated: Path, tmp_path: Path) -> None:
-    words = [str(world / "run"), "--compare", "base", "--output_dir", str(tmp_path / "test")]
-    done = launched("evaluate", words, tmp_path, config="multi_gpu", processes=2)
-    assert done.returncode == 0, done.stderr
+def test_two_processes_write_what_one_writes(server: ForkServer, made: Path, evaluated: Path, tmp_path: Path) -> None:
+    words = [str(made / "run"), "--compare", "base", "--output_dir", str(tmp_path / "test")]
+    under = environment_of("multi_gpu")
+    assert server.run(words, tmp_path, script="evaluate", ranks=2, environment=under) == [0, 0]
     for name in ("test", "test-base"):
         both, alone = (folder / name / "predictions.jsonl" for folder in (tmp_path, evaluated))
         assert both.read_bytes() == alone.read_bytes()
         assert len(list((tmp_path / name).iterdir())) == 3
 
 
-def test_a_model_without_an_adapter(world: Path, evaluated: Path, tmp_path: Path) -> None:
-    rows = ["--model", str(world / "base"), "--data", str(world / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
+def test_a_model_without_an_adapter(made: Path, evaluated: Path, tmp_path: Path) -> None:
+    rows = ["--model", str(made / "base"), "--data", str(made / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
     evaluate.main(
         [
             *rows,
@@ -340,13 +341,13 @@ def test_a_model_without_an_adapter(world: Path, evaluated: Path, tmp_path: Path
     ]
 
 
-def test_mistakes_before_generation_leave_with_2_and_the_remedy(world: Path, tmp_path: Path) -> None:
+def test_mistakes_before_generation_leave_with_2_and_the_remedy(made: Path, tmp_path: Path) -> None:
     for name in ("bad.jsonl", "data.test.jsonl"):  # the second is no setting
         write_lines(tmp_path / name, [{"messages": [{"role": "asistant", "content": "x"}]}])
     for words, expected in (
-        (["--model", str(world / "base"), "--data", str(tmp_path / "data.test.jsonl")], "/data.test.jsonl:1"),
-        (["--model", str(world / "base"), "--data", str(tmp_path / "bad.jsonl")], "bad.jsonl:1"),
-        (["--model", str(world / "base"), "--adapter", str(tmp_path), "--data", "x"], "holds no adapter"),
+        (["--model", str(made / "base"), "--data", str(tmp_path / "data.test.jsonl")], "/data.test.jsonl:1"),
+        (["--model", str(made / "base"), "--data", str(tmp_path / "bad.jsonl")], "bad.jsonl:1"),
+        (["--model", str(made / "base"), "--adapter", str(tmp_path), "--data", "x"], "holds no adapter"),
         (
             ["--model", str(tmp_path / "none"), "--data", "x.jsonl"],
             f"model.name_or_path: the folder {tmp_path / 'none'} does not",
