@@ -62,7 +62,8 @@ class Renderer:
 
     `chat_template` overrides the tokenizer's own; `chat_template_kwargs` are used as given (see
     `template.resolve_template_kwargs` for the default of `enable_thinking`); templates see the date
-    `chat_template_date` (today unless given); `generation_stop_ids` are the eos ids of the model's generation config.
+    `chat_template_date` (today unless given); `generation_stop_ids` are the eos ids of the model's generation config;
+    `text` is the tokenizer's ControlText, where there is one already.
     Raises ModelError where there is no template, or no fast tokenizer.
     """
 
@@ -79,6 +80,7 @@ class Renderer:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         chat_template_date: date | None = None,
         generation_stop_ids: Sequence[int] = (),
+        text: ControlText | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template_of(tokenizer, chat_template)
@@ -89,7 +91,7 @@ class Renderer:
             chat_template_date or date.today(),
             dict(tokenizer.special_tokens_map),
         )
-        self._text = ControlText(tokenizer)
+        self._text = text or ControlText(tokenizer)
         with bounded(PROBE):
             self._stops = StopTokens(self._template, self._text.spellings, tokenizer.eos_token_id, generation_stop_ids)
         self.stop_ids = self._stops.ids

@@ -1,0 +1,96 @@
+"""A tokenizer's own chat template, completed: behind the passes that it needs, found by trying.
+
+For each kind of conversation that the template refuses, the passes are tried that could make it render; one stays
+where the conversation is then rendered and proved, like any row. Where nothing is refused nothing is added, so what
+the template renders exactly by itself it renders the same completed.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from chatlora.errors import SetAside
+from chatlora.reading.conversation import Conversation, Message, ToolCall
+from chatlora.rendering.control_text import ControlText
+from chatlora.rendering.embedded import FAMILIES, behind, family_template
+from chatlora.rendering.renderer import Renderer
+from chatlora.rendering.template import chat_template_of, resolve_template_kwargs
+
+LONG = 1_000_000_000
+
+
+class _Kind(NamedTuple):
+    """A made-up conversation, and which passes could help where it is refused, the first choice first."""
+
+    conversation: Conversation
+    any_reasoning: bool
+    ways: tuple[str, ...]
+
+
+_QUESTION, _NEXT = Message("user", "Where is it?"), Message("user", "And now?")
+_ANSWER, _LAST = Message("assistant", "Far north."), Message("assistant", "Still there.")
+_TALK = Conversation((_QUESTION, _ANSWER, _NEXT, _LAST))
+_THOUGHTFUL = Conversation(
+    (_QUESTION, Message("assistant", "Far north.", "A map helps."), _NEXT, Message("assistant", "There.", "It stays."))
+)
+_LOOK = {"name": "look", "description": "Looks it up", "parameters": {"type": "object", "properties": {}}}
+_CALLING = Conversation(
+    (
+        _QUESTION,
+        Message("assistant", "", tool_calls=(ToolCall("look", {"at": "Oslo"}, id="call00001"),)),
+        Message("tool", "59 degrees", tool_call_id="call00001", name="look"),
+        _ANSWER,
+    ),
+    ({"type": "function", "function": _LOOK},),
+)
+_KINDS = (
+    _Kind(_TALK, False, ("parts",)),
+    _Kind(Conversation((Message("system", "Be brief."), *_TALK.messages)), False, ("system",)),
+    _Kind(_CALLING, False, ("tools",)),
+    _Kind(_THOUGHTFUL, True, ("thinking", "thoughts")),
+    _Kind(_TALK, True, ("empty_thought",)),
+)
+
+
+def completed(tokenizer: Any) -> str:
+    """The tokenizer's template behind the passes that it needs; itself where it needs none or none helps."""
+    own, text, passes = chat_template_of(tokenizer, None), ControlText(tokenizer), set[str]()
+    for kind in _KINDS:
+        ways = (passes | added for added in (set[str](), *({way} for way in kind.ways)))
+        found = next((way for way in ways if _renders(tokenizer, text, behind(tuple(way), own), kind)), None)
+        if found is None and kind is _KINDS[0]:  # not even plain text: no pass mends that
+            return own
+        passes = passes if found is None else found
+    return behind(tuple(passes), own)
+
+
+def of_its_family(tokenizer: Any) -> Iterator[str]:
+    """The names of the package's templates whose prompts are those of the tokenizer's own."""
+    own, text = chat_template_of(tokenizer, None), ControlText(tokenizer)
+    for name in FAMILIES:
+        if all(
+            _prompt(tokenizer, text, own, kind) == _prompt(tokenizer, text, family_template(name), kind)
+            for kind in _KINDS[:2]
+        ):
+            yield name
+
+
+def _renders(tokenizer: Any, text: ControlText, template: str, kind: _Kind) -> bool:
+    renderer = _renderer(tokenizer, text, template, kind)
+    try:
+        renderer.render(kind.conversation, max_length=LONG)
+    except SetAside:
+        return False
+    return True
+
+
+def _prompt(tokenizer: Any, text: ControlText, template: str, kind: _Kind) -> list[int] | None:
+    asked = Conversation(kind.conversation.messages[:-1])
+    try:
+        return _renderer(tokenizer, text, template, kind).prompt_ids(asked)
+    except SetAside:
+        return None
+
+
+def _renderer(tokenizer: Any, text: ControlText, template: str, kind: _Kind) -> Renderer:
+    kwargs: Mapping[str, Any] = resolve_template_kwargs(template, {}, any_reasoning=kind.any_reasoning)
+    return Renderer(tokenizer, chat_template=template, chat_template_kwargs=kwargs, text=text)

@@ -1,0 +1,59 @@
+"""Chat templates that come with the package, `model.chat_template: embedded:NAME`.
+
+Two kinds. Most are a family's layout of plain text, or of all it knows, written here. `completed` is the tokenizer's
+own template behind passes that tell in text what it has no place for (completion.py). A pass rewrites the messages
+before a template sees them; it is Jinja too, so that what is saved with an adapter is one template like any other.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+from chatlora.embedded_model import EMBEDDED
+from chatlora.errors import ModelError, did_you_mean
+
+FOLDER = Path(__file__).with_name("templates")
+COMPLETED = "completed"
+# In the order in which they run: tools add system messages, and only what is left is cut into parts.
+PASSES = ("thinking", "empty_thought", "thoughts", "tools", "system", "parts")
+# Name -> the passes that its file needs to render everything.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "chatml": ("thoughts", "tools"),
+    "deepseek-r1": (),
+    "gemma": ("thoughts", "tools"),
+    "llama3": ("thoughts", "tools"),
+    "phi3": ("thoughts", "tools"),
+}
+
+
+def embedded_name(chat_template: Path | str | None) -> str | None:
+    """`NAME` of `embedded:NAME`; None where it is a file or nothing. Raises ModelError where there is no such name."""
+    given = str(chat_template or "")
+    if not given.startswith(EMBEDDED):
+        return None
+    name, known = given.removeprefix(EMBEDDED), [*FAMILIES, COMPLETED]
+    if name not in known:
+        hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
+        raise ModelError(f"model.chat_template: there is no embedded template '{name}'{hint}")
+    return name
+
+
+def family_template(name: str) -> str:
+    return behind(FAMILIES[name], _text(f"{name}.jinja"))
+
+
+def behind(passes: Sequence[str], template: str) -> str:
+    """The template behind these passes, in the order of PASSES, and after them to the letter what it is alone."""
+    chosen = [_text(f"passes/{name}.jinja").rstrip() for name in PASSES if name in passes]
+    # An empty expression: behind a block, Jinja would take a line break away from the template's beginning.
+    return "\n".join([*chosen, '{{- "" }}' + template]) if chosen else template
+
+
+def source_of(name: str) -> str:
+    """All that the package puts into a template of this name, for telling whether it is still the same."""
+    return family_template(name) if name in FAMILIES else behind(PASSES, "")
+
+
+@functools.cache
+def _text(file: str) -> str:
+    return (FOLDER / file).read_text(encoding="utf-8")
