@@ -51,6 +51,11 @@ _KINDS = (
 )
 
 
+def embedded_template(name: str, tokenizer: Any) -> str:
+    """The text of `embedded:NAME` for this tokenizer."""
+    return family_template(name) if name in FAMILIES else completed(tokenizer)
+
+
 def completed(tokenizer: Any) -> str:
     """The tokenizer's template behind the passes that it needs; itself where it needs none or none helps."""
     own, text, passes = chat_template_of(tokenizer, None), ControlText(tokenizer), set[str]()
