@@ -8,6 +8,7 @@ before a template sees them; it is Jinja too, so that what is saved with an adap
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from chatlora.embedded_model import EMBEDDED
 from chatlora.errors import ModelError, did_you_mean
@@ -16,13 +17,22 @@ FOLDER = Path(__file__).with_name("templates")
 COMPLETED = "completed"
 # In the order in which they run: tools add system messages, and only what is left is cut into parts.
 PASSES = ("thinking", "empty_thought", "thoughts", "tools", "system", "parts")
-# Name -> the passes that its file needs to render everything.
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "chatml": ("thoughts", "tools"),
-    "deepseek-r1": (),
-    "gemma": ("thoughts", "tools"),
-    "llama3": ("thoughts", "tools"),
-    "phi3": ("thoughts", "tools"),
+
+
+class Family(NamedTuple):
+    """The control tokens that its layout takes, and the passes that its file needs to render everything."""
+
+    tokens: tuple[str, ...]
+    passes: tuple[str, ...] = ("thoughts", "tools")
+
+
+FAMILIES = {
+    "chatml": Family(("<|im_start|>", "<|im_end|>")),
+    "deepseek-r1": Family(("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"), ()),
+    "gemma": Family(("<start_of_turn>", "<end_of_turn>")),
+    "llama3": Family(("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "phi3": Family(("<|user|>", "<|assistant|>", "<|end|>")),
+    "zephyr": Family(()),
 }
 
 
@@ -39,7 +49,13 @@ def embedded_name(chat_template: Path | str | None) -> str | None:
 
 
 def family_template(name: str) -> str:
-    return behind(FAMILIES[name], _text(f"{name}.jinja"))
+    return behind(FAMILIES[name].passes, _text(f"{name}.jinja"))
+
+
+def fitting_family(tokenizer: Any) -> str:
+    """`embedded:NAME` for a tokenizer without a template: of a family whose control tokens it has, else of none."""
+    known = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return EMBEDDED + next(name for name, family in FAMILIES.items() if known.issuperset(family.tokens))
 
 
 def behind(passes: Sequence[str], template: str) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
 from chatlora.config import OverLength, Supervise
 from chatlora.errors import SetAside
@@ -92,6 +92,7 @@ class Renderer:
             dict(tokenizer.special_tokens_map),
         )
         self._text = text or ControlText(tokenizer)
+        self._generation_stop_ids = tuple(generation_stop_ids)
         with bounded(PROBE):
             self._stops = StopTokens(self._template, self._text.spellings, tokenizer.eos_token_id, generation_stop_ids)
         self.stop_ids = self._stops.ids
@@ -183,6 +184,17 @@ class Renderer:
             self._proof.prove(example.input_ids, example.labels, conversation, turns)
         finally:
             self.proof_seconds += perf_counter() - began
+
+    def under(self, template: str) -> Self:
+        """A renderer of the same tokenizer, told the same, with another template."""
+        return type(self)(
+            self.tokenizer,
+            chat_template=template,
+            chat_template_kwargs=self.chat_template_kwargs,
+            chat_template_date=self._template.date,
+            generation_stop_ids=self._generation_stop_ids,
+            text=self._text,
+        )
 
     # ---- text
 

@@ -16,6 +16,7 @@ from jinja2 import TemplateSyntaxError
 
 from chatlora.errors import ModelError, SetAside
 from chatlora.rendering.control_text import PRIVATE, is_masked
+from chatlora.rendering.embedded import fitting_family
 from chatlora.rendering.limits import PROBE, TOO_MUCH, bounded, check_output
 
 ESCAPE = "\\U000f"  # how Python's repr begins to write a character of plane 15, where masked text is
@@ -89,7 +90,8 @@ def chat_template_of(tokenizer: Any, chat_template: str | None) -> str:
     if not template:
         raise ModelError(
             f"{tokenizer.name_or_path or 'the tokenizer'}: has no chat template (a base model, perhaps); "
-            "set `model.chat_template` to a Jinja file, e.g. the one of the model's chat version"
+            f"set `model.chat_template` to {fitting_family(tokenizer)}, or to a Jinja file, e.g. the one of the "
+            "model's chat version"
         )
     try:
         with bounded(PROBE):

@@ -1,0 +1,55 @@
+"""Which of the package's chat templates would render a row that the one in use refuses: found by rendering it."""
+
+import functools
+from collections.abc import Iterator
+
+from chatlora.config import Supervise
+from chatlora.embedded_model import EMBEDDED
+from chatlora.errors import ModelError, SetAside
+from chatlora.reading.conversation import Conversation
+from chatlora.rendering.completion import LONG, completed, of_its_family
+from chatlora.rendering.embedded import COMPLETED, family_template
+from chatlora.rendering.message_parts import DROPS
+from chatlora.rendering.renderer import Renderer
+from chatlora.rendering.template import RAISES
+from chatlora.rendering.turns import NO_STOP, NOT_CONTINUED
+
+LIES_WITH_THE_TEMPLATE = (DROPS, RAISES, NOT_CONTINUED, NO_STOP)  # how the reasons of such refusals begin
+
+
+def lifted_by(renderer: Renderer, conversation: Conversation, refused: SetAside, supervise: Supervise) -> str:
+    """`embedded:NAME` of the template that renders the conversation, proved like any; empty where none does.
+
+    Asked for every refused row by itself: it must not matter which process met which row first.
+    """
+    if not refused.reason.startswith(LIES_WITH_THE_TEMPLATE):
+        return ""
+    return next(
+        (name for name, other in _others(renderer) if _renders(other, conversation, supervise)),
+        "",
+    )
+
+
+@functools.lru_cache(maxsize=2)  # one for training and one for evaluation; a renderer is only equal to itself
+def _others(renderer: Renderer) -> tuple[tuple[str, Renderer], ...]:
+    return tuple(
+        (EMBEDDED + name, renderer.under(template))
+        for name, template in _templates(renderer)
+        if template != renderer.chat_template
+    )
+
+
+def _templates(renderer: Renderer) -> Iterator[tuple[str, str]]:
+    try:
+        yield COMPLETED, completed(renderer.tokenizer)
+        yield from ((name, family_template(name)) for name in of_its_family(renderer.tokenizer))
+    except ModelError:  # a tokenizer without a template of its own belongs to no family
+        return
+
+
+def _renders(renderer: Renderer, conversation: Conversation, supervise: Supervise) -> bool:
+    try:
+        renderer.render(conversation, max_length=LONG, supervise=supervise)
+    except (SetAside, ModelError):
+        return False
+    return True
