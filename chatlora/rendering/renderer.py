@@ -69,6 +69,8 @@ class Renderer:
 
     stop_ids: tuple[int, ...]
     """Every id that ends a reply: the tokenizer's eos, `generation_stop_ids`, and what the template shows."""
+    arguments_as_text: bool
+    """Whether the template takes the arguments of calls as JSON text only."""
     proof_seconds: float
     """Seconds spent in proofs so far."""
 
@@ -94,6 +96,7 @@ class Renderer:
         self._text = text or ControlText(tokenizer)
         self._generation_stop_ids = tuple(generation_stop_ids)
         with bounded(PROBE):
+            self.arguments_as_text = self._template.takes_arguments_as_text()
             self._stops = StopTokens(self._template, self._text.spellings, tokenizer.eos_token_id, generation_stop_ids)
         self.stop_ids = self._stops.ids
         self._proof = Proof(tokenizer, self._template, self._text, self.stop_ids)
@@ -181,7 +184,7 @@ class Renderer:
         """Raises SetAside unless `example` is exactly that of these turns; see `proof.Proof.prove`."""
         began = perf_counter()
         try:
-            self._proof.prove(example.input_ids, example.labels, conversation, turns)
+            self._proof.prove(example.input_ids, example.labels, self._as_taken(conversation), turns)
         finally:
             self.proof_seconds += perf_counter() - began
 
@@ -202,9 +205,12 @@ class Renderer:
         mask = self._text.mask
         messages = [
             {key: value if key == "role" else mask(value) for key, value in message.items()}
-            for message in template_messages(conversation.as_template_input())
+            for message in template_messages(self._as_taken(conversation).as_template_input())
         ]
         return messages, mask(conversation.tools)
+
+    def _as_taken(self, conversation: Conversation) -> Conversation:
+        return conversation.with_arguments_as_text() if self.arguments_as_text else conversation
 
     def _turns(self, conversation: Conversation, supervise: Supervise) -> tuple[str, list[Turn]]:
         indices = targets(conversation, supervise)

@@ -68,6 +68,21 @@ class ChatTemplate:
         """Whether the template reads a variable of this name."""
         return name in _variables(self.text)
 
+    def takes_arguments_as_text(self) -> bool:
+        """Whether it renders a call only where the arguments are JSON text, as OpenAI's API has them."""
+        question = {"role": "user", "content": "Hello"}
+        result = {"role": "tool", "name": "look", "content": "nothing"}
+        for arguments in ({"at": "Oslo"}, '{"at": "Oslo"}'):
+            call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
+            try:
+                self.render(
+                    [question, {"role": "assistant", "content": "", "tool_calls": [call]}, result], (), prompt=True
+                )
+            except SetAside:
+                continue
+            return isinstance(arguments, str)
+        return False
+
     def digest(self) -> str:
         described = [self.text, dict(self.kwargs), self.date.isoformat(), dict(self.special_tokens)]
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
