@@ -69,7 +69,7 @@ def test_a_run_does_not_go_on_with_a_changed_template(
     with pytest.raises(ConfigError, match=r"the contents of model\.chat_template changed"):
         run(*thoughtful, *COMPLETED)
     (folder / "adapter" / "adapter_config.json").unlink()  # killed while it put its adapter away
-    with pytest.raises(ConfigError, match="chat template.* changed since the run in run was begun"):
+    with pytest.raises(ConfigError, match=r"chat template.* changed since the run in run was begun"):
         run(*thoughtful, *COMPLETED)
 
 
