@@ -34,8 +34,7 @@ model: {chat_template: "embedded:completed"}
 ```
 
 `embedded:completed` is the tokenizer's own template, completed. For each kind of conversation that it refuses, these
-are tried, and what makes a made-up conversation of that kind exact is put in front of it, as Jinja that rewrites the
-messages:
+are tried, and what makes a made-up conversation of that kind exact is put around it, as Jinja that rewrites the messages:
 
 - thoughts are switched on (`enable_thinking`) where its default leaves no room for them;
 - a reply without a thought closes the one that the generation prompt opens, at once;
@@ -43,15 +42,20 @@ messages:
 - tools are listed in the system message, a call becomes `<tool_call>` with JSON in the reply's text, and a result
   `<tool_response>` in a user's message, as Hermes and Qwen have them;
 - a system message becomes the head of the user's message;
+- a reply is written behind the generation prompt, where that opens a thought which the template shows in no reply;
 - text becomes a list of one part, for models that also see.
 
-What the template renders exactly alone it renders so completed, with the same ids; nothing is put in front of a
-template that needs nothing. There is one exception: where thoughts are switched on, replies without one (text beside
+What the template renders exactly alone it renders so completed, with the same ids; nothing is added to a template that
+needs nothing. There is one exception: where thoughts are switched on, replies without one (text beside
 reasoning) follow the prompt of a reply with one.
 
-The others are written for a family, for tokenizers that bring no template, or one that nothing completes. A family's
-prompts are those of its own template. `deepseek-r1` is for DeepSeek-R1 and its distillations: the prompt opens a
-thought, the reply closes it, and earlier replies stand without theirs. `zephyr` needs no control token but eos.
+Where a newer template of the family shows thoughts or calls in a form of its own (gemma4_v5, lfm2_v2), that one is the
+better choice.
+
+The others are written for a family, for tokenizers that bring no template (the error names the one whose control tokens
+are there). A family's prompts are those of its own template. `deepseek-r1` is for DeepSeek-R1 and its distillations: the
+prompt opens a thought, the reply closes it, earlier replies stand without theirs, and calls have DeepSeek's own form.
+`zephyr` needs no control token but eos.
 
 Whichever it is, the adapter's folder holds the text that trained it as `chat_template.jinja`, and with that it is
 evaluated and served. A run that goes on is refused if the package's text has changed since it began.

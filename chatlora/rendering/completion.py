@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from chatlora.errors import SetAside
 from chatlora.reading.conversation import Conversation, Message, ToolCall
 from chatlora.rendering.control_text import ControlText
-from chatlora.rendering.embedded import FAMILIES, behind, family_template
+from chatlora.rendering.embedded import FAMILIES, REPLY, behind, family_template
 from chatlora.rendering.renderer import Renderer
 from chatlora.rendering.template import chat_template_of, resolve_template_kwargs
 
@@ -43,7 +43,7 @@ _CALLING = Conversation(
     ({"type": "function", "function": _LOOK},),
 )
 _KINDS = (
-    _Kind(_TALK, False, ("parts",)),
+    _Kind(_TALK, False, ("parts", REPLY)),
     _Kind(Conversation((Message("system", "Be brief."), *_TALK.messages)), False, ("system",)),
     _Kind(_CALLING, False, ("tools",)),
     _Kind(_THOUGHTFUL, True, ("thinking", "thoughts")),
@@ -60,7 +60,8 @@ def completed(tokenizer: Any) -> str:
     """The tokenizer's template behind the passes that it needs; itself where it needs none or none helps."""
     own, text, passes = chat_template_of(tokenizer, None), ControlText(tokenizer), set[str]()
     for kind in _KINDS:
-        ways = (passes | added for added in (set[str](), *({way} for way in kind.ways)))
+        allowed = [way for way in kind.ways if way != REPLY or _opens_thought(tokenizer, text, own)]
+        ways = (passes | added for added in (set[str](), *({way} for way in allowed)))
         found = next((way for way in ways if _renders(tokenizer, text, behind(tuple(way), own), kind)), None)
         if found is None and kind is _KINDS[0]:  # not even plain text: no pass mends that
             return own
@@ -77,6 +78,11 @@ def of_its_family(tokenizer: Any) -> Iterator[str]:
             for kind in _KINDS[:2]
         ):
             yield name
+
+
+def _opens_thought(tokenizer: Any, text: ControlText, template: str) -> bool:
+    prompt = _prompt(tokenizer, text, template, _KINDS[0])
+    return prompt is not None and str(tokenizer.decode(prompt)).rstrip().endswith("<think>")
 
 
 def _renders(tokenizer: Any, text: ControlText, template: str, kind: _Kind) -> bool:

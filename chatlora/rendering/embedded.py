@@ -15,8 +15,10 @@ from chatlora.errors import ModelError, did_you_mean
 
 FOLDER = Path(__file__).with_name("templates")
 COMPLETED = "completed"
-# In the order in which they run: tools add system messages, and only what is left is cut into parts.
-PASSES = ("thinking", "empty_thought", "thoughts", "tools", "system", "parts")
+REPLY = "reply"
+# In the order in which they run: tools add system messages, the last reply is taken with its calls told in it, and only
+# what is left is cut into parts.
+PASSES = ("thinking", "empty_thought", "thoughts", "tools", "system", REPLY, "parts")
 
 
 class Family(NamedTuple):
@@ -60,6 +62,8 @@ def fitting_family(tokenizer: Any) -> str:
 
 def behind(passes: Sequence[str], template: str) -> str:
     """The template behind these passes, in the order of PASSES, and after them to the letter what it is alone."""
+    if REPLY in passes:  # Jinja takes one line break from the end of a template
+        template = template.removesuffix("\n") + _text("passes/reply_end.jinja")
     chosen = [_text(f"passes/{name}.jinja").rstrip() for name in PASSES if name in passes]
     # An empty expression: behind a block, Jinja would take a line break away from the template's beginning.
     return "\n".join([*chosen, '{{- "" }}' + template]) if chosen else template

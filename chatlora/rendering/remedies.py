@@ -1,14 +1,13 @@
 """Which of the package's chat templates would render a row that the one in use refuses: found by rendering it."""
 
 import functools
-from collections.abc import Iterator
 
 from chatlora.config import Supervise
 from chatlora.embedded_model import EMBEDDED
 from chatlora.errors import ModelError, SetAside
 from chatlora.reading.conversation import Conversation
 from chatlora.rendering.completion import LONG, completed, of_its_family
-from chatlora.rendering.embedded import COMPLETED, family_template
+from chatlora.rendering.embedded import COMPLETED, FAMILIES, family_template, fitting_family
 from chatlora.rendering.message_parts import DROPS
 from chatlora.rendering.renderer import Renderer
 from chatlora.rendering.template import RAISES
@@ -24,10 +23,7 @@ def lifted_by(renderer: Renderer, conversation: Conversation, refused: SetAside,
     """
     if not refused.reason.startswith(LIES_WITH_THE_TEMPLATE):
         return ""
-    return next(
-        (name for name, other in _others(renderer) if _renders(other, conversation, supervise)),
-        "",
-    )
+    return next((name for name, other in _others(renderer) if _renders(other, conversation, supervise)), "")
 
 
 @functools.lru_cache(maxsize=2)  # one for training and one for evaluation; a renderer is only equal to itself
@@ -39,12 +35,15 @@ def _others(renderer: Renderer) -> tuple[tuple[str, Renderer], ...]:
     )
 
 
-def _templates(renderer: Renderer) -> Iterator[tuple[str, str]]:
-    try:
-        yield COMPLETED, completed(renderer.tokenizer)
-        yield from ((name, family_template(name)) for name in of_its_family(renderer.tokenizer))
-    except ModelError:  # a tokenizer without a template of its own belongs to no family
-        return
+def _templates(renderer: Renderer) -> list[tuple[str, str]]:
+    """By name. What knows all of its family's own forms comes first, what tells them in text last."""
+    tokenizer = renderer.tokenizer
+    if not tokenizer.chat_template:
+        name = fitting_family(tokenizer).removeprefix(EMBEDDED)
+        return [(name, family_template(name))]
+    texts = {name: family_template(name) for name in of_its_family(tokenizer)}
+    texts[COMPLETED] = completed(tokenizer)
+    return sorted(texts.items(), key=lambda item: item[0] in FAMILIES and bool(FAMILIES[item[0]].passes))
 
 
 def _renders(renderer: Renderer, conversation: Conversation, supervise: Supervise) -> bool:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from chatlora.errors import ModelError, SetAside
 from chatlora.reading.conversation import Conversation
-from chatlora.rendering import embedded
+from chatlora.rendering import completion, embedded
 from chatlora.rendering.completion import completed, embedded_template, of_its_family
 from chatlora.rendering.embedded import FAMILIES, FOLDER, PASSES, behind, embedded_name, family_template, fitting_family
 from chatlora.rendering.remedies import lifted_by
@@ -112,7 +112,7 @@ def test_nothing_is_put_in_front_of_a_template_that_needs_nothing() -> None:
 
 NEEDS = {
     "cohere2": ["thoughts", "tools"],
-    "deepseek_r1_distill": [],  # nothing that could be put in front of it helps
+    "deepseek_r1_distill": ["tools", "reply"],
     "gemma": ["thoughts", "tools", "system"],
     "llama3_1": ["thoughts"],
     "nemotron_3_nano": ["empty_thought"],
@@ -123,6 +123,38 @@ NEEDS = {
 
 def is_in(name: str, template: str) -> bool:
     return (FOLDER / "passes" / f"{name}.jinja").read_text("utf-8").strip() in template
+
+
+# A prompt that opens a thought, and replies that never show one: QwQ and others that were made after DeepSeek-R1.
+OPENS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% set said = m.content.split('</think>')[-1] %}"
+    "{% else %}{% set said = m.content %}{% endif %}{{ '<|im_start|>' + m.role + '\n' + said + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>' }}\n{% endif %}\n"
+)
+
+
+def test_a_reply_is_written_behind_the_prompt_where_the_template_cannot() -> None:
+    tokenizer = tiny_tokenizer(chat_template=OPENS, plain_tokens=["<think>", "</think>"])
+    own = Renderer(tokenizer)
+    renderer = own.under(completed(tokenizer))
+    for conversation in CONVERSATIONS.values():
+        assert outcome_under(own, conversation, lifting=False).rendered is None
+        assert outcome_under(renderer, conversation, lifting=False).rendered is not None
+    talk = CONVERSATIONS["reasoning"]
+    samples = renderer.render_for_evaluation(talk, max_prompt_length=None, max_new_tokens=99)
+    assert [sample.input_ids for sample in samples] == [rendered_ids(own, talk, index, prompt=True) for index in (1, 3)]
+    assert [tokenizer.decode(sample.output_ids) for sample in samples] == [
+        "They ask how I am.\n</think>\n\nFine.<|im_end|>",
+        "Two and two.\n</think>\n\n4<|im_end|>",
+    ]
+
+
+def test_no_thought_is_closed_that_the_prompt_does_not_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a reply could be proved as well: its prompt decides."""
+    never = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n#'")
+    assert completed(tiny_tokenizer(chat_template=never)) == never
+    monkeypatch.setattr(completion, "_opens_thought", lambda *given: True)
+    assert is_in("reply", completed(tiny_tokenizer(chat_template=never)))
 
 
 def test_a_pass_that_loses_something_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,4 +221,4 @@ def test_a_tokenizer_without_a_template_is_told_the_family_of_its_control_tokens
 
 def test_all_templates_are_in_the_package() -> None:
     assert {file.stem for file in FOLDER.glob("*.jinja")} == set(FAMILIES)
-    assert {file.stem for file in (FOLDER / "passes").glob("*.jinja")} == set(PASSES)
+    assert {file.stem for file in (FOLDER / "passes").glob("*.jinja")} == {*PASSES, "reply_end"}
