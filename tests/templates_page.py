@@ -22,6 +22,9 @@ example of its own: **exact, 2 examples**.
 source is refused, the run does not start. Where a template of the package renders the row, which is found out by
 rendering and proving it, the reason names it (`lifted_by` in the ledger), as the table does here.
 
+NAME_training is trl's version of a template with marks around what is learned. Where it has no row of its own, it comes
+out as NAME does.
+
 What a template changes in a reply without losing any of it is a target, since the model must generate it. It is in the
 last column, and counted by kind in `ledger.json` under `altered`. A template that takes the arguments of calls as JSON
 text only gets them so.
@@ -34,7 +37,8 @@ model: {chat_template: "embedded:completed"}
 ```
 
 `embedded:completed` is the tokenizer's own template, completed. For each kind of conversation that it refuses, these
-are tried, and what makes a made-up conversation of that kind exact is put around it, as Jinja that rewrites the messages:
+are tried, and what makes a made-up conversation of that kind exact is put around it, as Jinja that rewrites the
+messages:
 
 - thoughts are switched on (`enable_thinking`) where its default leaves no room for them;
 - a reply without a thought closes the one that the generation prompt opens, at once;
@@ -53,9 +57,9 @@ Where a newer template of the family shows thoughts or calls in a form of its ow
 better choice.
 
 The others are written for a family, for tokenizers that bring no template (the error names the one whose control tokens
-are there). A family's prompts are those of its own template. `deepseek-r1` is for DeepSeek-R1 and its distillations: the
-prompt opens a thought, the reply closes it, earlier replies stand without theirs, and calls have DeepSeek's own form.
-`zephyr` needs no control token but eos.
+are there). A family's prompts are those of its own template. `deepseek-r1` is for DeepSeek-R1 and its distillations:
+the prompt opens a thought, the reply closes it, earlier replies stand without theirs, and calls have DeepSeek's own
+form. `zephyr` needs no control token but eos.
 
 Whichever it is, the adapter's folder holds the text that trained it as `chat_template.jinja`, and with that it is
 evaluated and served. A run that goes on is refused if the package's text has changed since it began.

@@ -5,7 +5,7 @@ where the conversation is then rendered and proved, like any row. Where nothing 
 the template renders exactly by itself it renders the same completed.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from chatlora.errors import SetAside
@@ -58,50 +58,57 @@ def embedded_template(name: str, tokenizer: Any) -> str:
 
 def completed(tokenizer: Any) -> str:
     """The tokenizer's template behind the passes that it needs; itself where it needs none or none helps."""
-    own, text, passes = chat_template_of(tokenizer, None), ControlText(tokenizer), set[str]()
+    own, passes = _Own(tokenizer), set[str]()
     for kind in _KINDS:
-        allowed = [way for way in kind.ways if way != REPLY or _opens_thought(tokenizer, text, own)]
+        allowed = [way for way in kind.ways if way != REPLY or own.opens_thought()]
         ways = (passes | added for added in (set[str](), *({way} for way in allowed)))
-        found = next((way for way in ways if _renders(tokenizer, text, behind(tuple(way), own), kind)), None)
+        found = next((way for way in ways if own.renders(kind, behind(tuple(way), own.template))), None)
         if found is None and kind is _KINDS[0]:  # not even plain text: no pass mends that
-            return own
+            return own.template
         passes = passes if found is None else found
-    return behind(tuple(passes), own)
+    return behind(tuple(passes), own.template)
 
 
 def of_its_family(tokenizer: Any) -> Iterator[str]:
     """The names of the package's templates whose prompts are those of the tokenizer's own."""
-    own, text = chat_template_of(tokenizer, None), ControlText(tokenizer)
+    own = _Own(tokenizer)
+    wanted = [own.prompt(kind, own.template) for kind in _KINDS[:2]]
     for name in FAMILIES:
-        if all(
-            _prompt(tokenizer, text, own, kind) == _prompt(tokenizer, text, family_template(name), kind)
-            for kind in _KINDS[:2]
-        ):
+        if [own.prompt(kind, family_template(name)) for kind in _KINDS[:2]] == wanted:
             yield name
 
 
-def _opens_thought(tokenizer: Any, text: ControlText, template: str) -> bool:
-    prompt = _prompt(tokenizer, text, template, _KINDS[0])
-    return prompt is not None and str(tokenizer.decode(prompt)).rstrip().endswith("<think>")
+class _Own:
+    """A tokenizer and its own template, and others tried in its place, told what its own is told."""
 
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.template = chat_template_of(tokenizer, None)
+        text = ControlText(tokenizer)
+        self._renderers = {
+            any_reasoning: Renderer(
+                tokenizer,
+                chat_template_kwargs=resolve_template_kwargs(self.template, {}, any_reasoning=any_reasoning),
+                text=text,
+            )
+            for any_reasoning in (False, True)
+        }
 
-def _renders(tokenizer: Any, text: ControlText, template: str, kind: _Kind) -> bool:
-    renderer = _renderer(tokenizer, text, template, kind)
-    try:
-        renderer.render(kind.conversation, max_length=LONG)
-    except SetAside:
-        return False
-    return True
+    def renders(self, kind: _Kind, template: str) -> bool:
+        try:
+            self._renderers[kind.any_reasoning].under(template).render(kind.conversation, max_length=LONG)
+        except SetAside:
+            return False
+        return True
 
+    def prompt(self, kind: _Kind, template: str) -> list[int] | None:
+        """The ids in front of the last reply; None where the template renders none."""
+        asked = Conversation(kind.conversation.messages[:-1])
+        try:
+            return self._renderers[kind.any_reasoning].under(template).prompt_ids(asked)
+        except SetAside:
+            return None
 
-def _prompt(tokenizer: Any, text: ControlText, template: str, kind: _Kind) -> list[int] | None:
-    asked = Conversation(kind.conversation.messages[:-1])
-    try:
-        return _renderer(tokenizer, text, template, kind).prompt_ids(asked)
-    except SetAside:
-        return None
-
-
-def _renderer(tokenizer: Any, text: ControlText, template: str, kind: _Kind) -> Renderer:
-    kwargs: Mapping[str, Any] = resolve_template_kwargs(template, {}, any_reasoning=kind.any_reasoning)
-    return Renderer(tokenizer, chat_template=template, chat_template_kwargs=kwargs, text=text)
+    def opens_thought(self) -> bool:
+        prompt = self.prompt(_KINDS[0], self.template)
+        return prompt is not None and str(self.tokenizer.decode(prompt)).rstrip().endswith("<think>")

@@ -1,6 +1,7 @@
 """Which of the package's chat templates would render a row that the one in use refuses: found by rendering it."""
 
 import functools
+from typing import Any
 
 from chatlora.config import Supervise
 from chatlora.embedded_model import EMBEDDED
@@ -30,14 +31,14 @@ def lifted_by(renderer: Renderer, conversation: Conversation, refused: SetAside,
 def _others(renderer: Renderer) -> tuple[tuple[str, Renderer], ...]:
     return tuple(
         (EMBEDDED + name, renderer.under(template))
-        for name, template in _templates(renderer)
+        for name, template in _templates(renderer.tokenizer)
         if template != renderer.chat_template
     )
 
 
-def _templates(renderer: Renderer) -> list[tuple[str, str]]:
+@functools.lru_cache(maxsize=2)
+def _templates(tokenizer: Any) -> list[tuple[str, str]]:
     """By name. What knows all of its family's own forms comes first, what tells them in text last."""
-    tokenizer = renderer.tokenizer
     if not tokenizer.chat_template:
         name = fitting_family(tokenizer).removeprefix(EMBEDDED)
         return [(name, family_template(name))]

@@ -89,16 +89,20 @@ def test_deepseek_s_reply_closes_the_thought_that_its_prompt_opens() -> None:
     }
 
 
+OWN_FAMILIES = {
+    "deepseek-r1": DEEPSEEK,
+    "gemma": ("gemma3",),
+    "llama3": ("llama3",),
+    "phi3": ("phi3", "phi3_5"),
+    "chatml": ("plain ChatML", "qwen3_instruct_2507"),
+    "": ("cohere", "gemma", "lfm2", "llama3_1", "qwen2_5", "qwen2_5_vl", "smolvlm"),
+}
+
+
 def test_a_family_is_known_by_its_prompts() -> None:
-    families = {name: list(of_its_family(tokenizer_of(OWN[name]))) for name in OWN if not name.endswith("_training")}
-    known = {name: found for name, found in families.items() if found}
-    assert known == {
-        **{name: ["deepseek-r1"] for name in DEEPSEEK},
-        "gemma3": ["gemma"],
-        "llama3": ["llama3"],
-        **{name: ["phi3"] for name in ("phi3", "phi3_5")},
-        **{name: ["chatml"] for name in ("plain ChatML", "qwen3_instruct_2507", "qwen3_vl")},
-    }
+    for family, names in OWN_FAMILIES.items():
+        for name in names:
+            assert list(of_its_family(tokenizer_of(OWN[name]))) == ([family] if family else []), name
     other = TEMPLATES["deepseek_r1_distill"].replace("<think>\\n'", "<think>'")
     assert other != TEMPLATES["deepseek_r1_distill"]
     assert list(of_its_family(tokenizer_of(other))) == []
@@ -153,7 +157,7 @@ def test_no_thought_is_closed_that_the_prompt_does_not_open(monkeypatch: pytest.
     """Such a reply could be proved as well: its prompt decides."""
     never = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n#'")
     assert completed(tiny_tokenizer(chat_template=never)) == never
-    monkeypatch.setattr(completion, "_opens_thought", lambda *given: True)
+    monkeypatch.setattr(completion._Own, "opens_thought", lambda own: True)
     assert is_in("reply", completed(tiny_tokenizer(chat_template=never)))
 
 

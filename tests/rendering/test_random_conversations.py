@@ -68,7 +68,7 @@ def families() -> dict[str, Renderer]:
 FAMILIES = families()
 EMBEDDED_TEMPLATES = [EMBEDDED + name for name in embedded.FAMILIES]
 COMPLETED = " completed"
-SOME_COMPLETED = [name + COMPLETED for name in ("cohere2", "gemma", "llama3_1", "nemotron_3_nano", "qwen3_5_nothink")]
+SOME_COMPLETED = [name + COMPLETED for name in ("deepseekv3", "gemma", "llama3_1", "nemotron_3_nano")]
 
 
 @functools.cache
