@@ -42,8 +42,10 @@ def _templates(tokenizer: Any) -> list[tuple[str, str]]:
     if not tokenizer.chat_template:
         name = fitting_family(tokenizer).removeprefix(EMBEDDED)
         return [(name, family_template(name))]
-    texts = {name: family_template(name) for name in of_its_family(tokenizer)}
-    texts[COMPLETED] = completed(tokenizer)
+    try:
+        texts = {name: family_template(name) for name in of_its_family(tokenizer)} | {COMPLETED: completed(tokenizer)}
+    except ModelError:  # the tokenizer's own does not compile, or does not end: another is in use
+        return []
     return sorted(texts.items(), key=lambda item: item[0] in FAMILIES and bool(FAMILIES[item[0]].passes))
 
 

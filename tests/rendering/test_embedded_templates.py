@@ -198,6 +198,10 @@ def test_a_refusal_that_no_template_lifts_names_none() -> None:
         renderer.render(twice, max_length=LONG)
     assert lifted_by(renderer, twice, refused.value, "all") == ""
     assert lifted_by(renderer, CONVERSATIONS["system"], refused.value, "all") == "embedded:completed"
+    other = Renderer(tiny_tokenizer(chat_template="{% for %}"), chat_template=TEMPLATES["gemma"])
+    assert lifted_by(other, CONVERSATIONS["system"], refused.value, "all") == ""
+    other = Renderer(tiny_tokenizer(chat_template=None), chat_template=TEMPLATES["gemma"])
+    assert lifted_by(other, CONVERSATIONS["system"], refused.value, "all") == "embedded:chatml"
     assert lifted_by(renderer, CONVERSATIONS["system"], SetAside("no assistant message is a target"), "all") == ""
 
 
