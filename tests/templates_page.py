@@ -44,8 +44,8 @@ messages:
 - a reply without a thought closes the one that the generation prompt opens, at once;
 - a thought becomes `<think>...</think>` at the head of the reply's text;
 - tools are listed in the system message (which then stands in the place of one that the template adds by itself), a
-  call becomes `<tool_call>` with JSON in the reply's text, and a result `<tool_response>` in a user's message, as Hermes
-  and Qwen have them;
+  call becomes `<tool_call>` with JSON in the reply's text, and a result `<tool_response>` in a user's message, as
+  Hermes and Qwen have them;
 - a system message becomes the head of the user's message;
 - a reply is written behind the generation prompt, where that opens a thought which the template shows in no reply;
 - text becomes a list of one part, for models that also see.
