@@ -60,6 +60,17 @@ def test_the_adapter_carries_the_template_that_trained_it(
     assert references(tmp_path / "asked")[0].startswith("<think>\nA map helps.\n</think>\nIn Norway.")
 
 
+def test_a_run_is_evaluated_without_the_file_that_its_template_came_from(
+    run: Run, thoughtful: tuple[str, ...], tmp_path: Path
+) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text(embedded.behind(["thoughts"], CHATML), "utf-8")
+    folder = run(*thoughtful, "--model.chat_template", str(own))
+    own.unlink()
+    evaluate.main([str(folder), "--evaluation.max_new_tokens", "1"])
+    assert references(folder / "eval" / "test")[0].startswith("<think>\nA map helps.\n</think>")
+
+
 def test_a_run_does_not_go_on_with_a_changed_template(
     run: Run, thoughtful: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
