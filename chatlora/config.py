@@ -35,7 +35,9 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: about a third slower, far less memory"
     )
-    chat_template: Path | None = Field(None, description="a Jinja file to use instead of the tokenizer's own template")
+    chat_template: Path | None = Field(
+        None, description="a Jinja file, or embedded:NAME, to use instead of the tokenizer's own template"
+    )
     chat_template_kwargs: dict[str, Any] = Field({}, description="given to the template, e.g. {enable_thinking: false}")
     chat_template_date: date | None = Field(
         None, description="the date that a template sees; null: the run's first day"

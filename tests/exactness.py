@@ -63,6 +63,8 @@ def control_ids(renderer: Renderer, ids: list[int]) -> list[int]:
 
 
 def _apply(renderer: Renderer, conversation: Conversation, num_messages: int, prompt: bool, **options: Any) -> Any:
+    if renderer.arguments_as_text:  # the template raises otherwise
+        conversation = conversation.with_arguments_as_text()
     return renderer.tokenizer.apply_chat_template(
         conversation.as_template_input()[:num_messages],
         tools=list(conversation.tools) or None,

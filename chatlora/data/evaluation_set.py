@@ -12,6 +12,7 @@ from chatlora.progress import track
 from chatlora.reading.conversation import Conversation
 from chatlora.reading.sources import Unread
 from chatlora.rendering.examples import PROMPT_TOO_LONG, EvalExample
+from chatlora.rendering.remedies import lifted_by
 from chatlora.rendering.renderer import Renderer
 
 CUT_REFERENCE = "a reference longer than max_new_tokens"
@@ -65,7 +66,8 @@ def prepare_evaluation_data(
                 supervise=supervise,
             )
         except SetAside as reason:
-            account.put_aside(conversation.place, reason.reason, reason.detail)
+            lifted = lifted_by(renderer, conversation, reason, supervise)
+            account.put_aside(conversation.place, reason.reason, reason.detail, lifted)
             continue
         except DataError as error:  # over_length: error
             problems += error.problems

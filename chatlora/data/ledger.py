@@ -21,6 +21,7 @@ UNREAD = "the row cannot be read"
 MOST_TOO_LONG = 0.05  # of all replies; beyond, it is a warning
 REPLIES_LOST = "replies beyond max_length are lost"
 CUT = "cut at max_length"
+LIFTED_BY = "lifted_by"
 OTHER_TEMPLATE = "set model.chat_template to a Jinja file that renders such rows, or model.chat_template_kwargs"
 REMEDIES = {  # by how a reason begins
     UNREAD: "mend the rows; data.on_bad_row: error tells all that is wrong with them",
@@ -47,7 +48,8 @@ class SourceAccount:
     """What became of the rows of one source. `turns`, `targets` and `tokens` are those of the rows that were used, or,
     where a whole source is held out, of the rows held out; a row's `repeat` is not counted.
 
-    set_aside, cut: `{place, reason}`, and `detail` where something more is known of the row. altered: how many turns
+    set_aside, cut: `{place, reason}`, `detail` where something more is known of the row, and `lifted_by` where a chat
+    template of the package was found to render it. altered: how many turns
     the template changed without losing anything, by kind. replies: of all rows but those set aside for something else
     than their length; too_long: the `max_length` that each of them takes which is lost or cut, None where nobody
     measured it.
@@ -66,8 +68,8 @@ class SourceAccount:
     replies: int = 0
     too_long: list[int | None] = field(default_factory=list)
 
-    def put_aside(self, place: str | None, reason: str, detail: str) -> None:
-        self.set_aside.append(entry(place, reason, detail))
+    def put_aside(self, place: str | None, reason: str, detail: str, lifted_by: str = "") -> None:
+        self.set_aside.append(entry(place, reason, detail) | ({LIFTED_BY: lifted_by} if lifted_by else {}))
 
     def put_unread_aside(self, unread: Sequence[Unread]) -> None:
         """The rows that could not be read, before the others."""
@@ -123,8 +125,7 @@ def refuse_lost_sources(sources: Sequence[Mapping[str, Any]]) -> None:
         if lost <= MOST_SET_ASIDE * read and lost < read:
             continue
         which = f"all {read:,}" if lost == read else f"{lost:,} of {read:,}"
-        reasons = [one["reason"] for one in source["set_aside"]]
-        remedies = {_remedy(reason) for reason in reasons} - {""}
+        remedies = {_remedy(one) for one in source["set_aside"]} - {""}
         enough = _fit(source["replies"], source["too_long"])["max_length_for_99_percent"]
         told = _counted(source["set_aside"])
         told += [f"max_length {enough:,} keeps 99 % of the replies"] if enough else []
@@ -134,8 +135,11 @@ def refuse_lost_sources(sources: Sequence[Mapping[str, Any]]) -> None:
         raise DataError(*problems)
 
 
-def _remedy(reason: str) -> str:
-    """Of the beginnings that fit, the longest knows best; empty where none does."""
+def _remedy(row: Mapping[str, str]) -> str:
+    """Of the beginnings that fit its reason, the longest knows best; empty where none does, or `_counted` has told."""
+    if LIFTED_BY in row:
+        return ""
+    reason = row["reason"]
     start = max((start for start in REMEDIES if reason.startswith(start)), key=len, default=None)
     return "" if start is None else REMEDIES[start]
 
@@ -164,12 +168,24 @@ def _told_too_long(ledger: Mapping[str, Any]) -> str:
 
 
 def _counted(entries: Sequence[Mapping[str, str]]) -> list[str]:
-    """`12 x the template drops ... (first: train.jsonl:7)`, the most frequent first."""
+    """`12 x the template drops ... (e.g. train.jsonl:7); take ..., which renders 11 of them`, most frequent first."""
     first: dict[str, Mapping[str, str]] = {}
+    lifted: dict[str, Counter[str]] = {}
     for one in entries:
         first.setdefault(one["reason"], one)
+        lifted.setdefault(one["reason"], Counter()).update([one[LIFTED_BY]] if LIFTED_BY in one else [])
     counts = Counter(one["reason"] for one in entries)
-    return [f"{count:,} x {reason} (e.g. {_told(first[reason])})" for reason, count in counts.most_common()]
+    return [
+        f"{count:,} x {reason} (e.g. {_told(first[reason])}){_told_lifted(lifted[reason], count)}"
+        for reason, count in counts.most_common()
+    ]
+
+
+def _told_lifted(lifted: Mapping[str, int], of: int) -> str:
+    return "".join(
+        f"; take model.chat_template {name}, which renders {'all' if rows == of else f'{rows:,}'} of them"
+        for name, rows in lifted.items()
+    )
 
 
 def _told(one: Mapping[str, str]) -> str:

@@ -15,6 +15,7 @@ from chatlora.config import OverLength, Supervise
 from chatlora.errors import DataError, SetAside
 from chatlora.reading.conversation import Conversation
 from chatlora.rendering.examples import NothingFits, Rendered
+from chatlora.rendering.remedies import lifted_by
 from chatlora.rendering.renderer import Renderer
 
 ROWS_PER_WORKER = 10_000  # with fewer, starting a worker (it imports and compiles for seconds) does not pay
@@ -27,14 +28,14 @@ CHUNKS_AHEAD = 8  # for each worker: it never waits for more, and memory holds n
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One of three: rendered; set aside, with (reason, detail); or a mistake that the user must mend.
+    """One of three: rendered; set aside, with what SourceAccount.put_aside takes; or a mistake that the user must mend.
 
     too_long: the `max_length` that each reply takes which is lost or cut; None: nobody measured it. seconds: what
     that took.
     """
 
     rendered: Rendered | None = None
-    set_aside: tuple[str, str] | None = None
+    set_aside: tuple[str, str, str] | None = None
     problems: tuple[str, ...] = ()
     too_long: tuple[int | None, ...] = ()
     seconds: float = field(default=0.0, compare=False)
@@ -59,9 +60,10 @@ class Work:
                 conversation, max_length=self.max_length, over_length=self.over_length, supervise=self.supervise
             )
         except NothingFits as reason:
-            return Outcome(set_aside=(reason.reason, reason.detail), too_long=reason.too_long)
+            return Outcome(set_aside=(reason.reason, reason.detail, ""), too_long=reason.too_long)
         except SetAside as reason:
-            return Outcome(set_aside=(reason.reason, reason.detail))
+            lifted = lifted_by(self.renderer, conversation, reason, self.supervise)
+            return Outcome(set_aside=(reason.reason, reason.detail, lifted))
         except DataError as error:  # over_length: error
             return Outcome(problems=error.problems)
         return Outcome(rendered, too_long=rendered.too_long)

@@ -91,6 +91,8 @@ def parse(argv: Sequence[str]) -> Request:
     if given.run_dir is not None:
         config, home = _config_of_run(given.run_dir, flags, problems), given.run_dir / "eval"
         adapter = given.adapter or given.run_dir / "adapter"
+        if "model.chat_template" not in flags and (adapter / "tokenizer_config.json").is_file():
+            config = config.with_values("model", chat_template=None)  # the one that trained it is there
     else:
         config, home, adapter = read_config(None, flags, problems), Path("eval"), given.adapter
     if given.data is not None and isinstance(config.data.test, float):

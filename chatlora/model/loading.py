@@ -24,25 +24,22 @@ from chatlora.hub import why_unreachable
 from chatlora.model.adapter_folder import names_from_checkpoint, why_not_fitting
 from chatlora.model.folder import fault_in_folder, find_adapter, is_adapter, locate, refuse_no_model
 from chatlora.model.lora import without_false_alarms
+from chatlora.rendering.completion import embedded_template
+from chatlora.rendering.embedded import embedded_name
 from chatlora.rendering.renderer import Renderer
 from chatlora.rendering.template import chat_template_of, resolve_template_kwargs
 
 
 def load_tokenizer(model: ModelConfig, adapter: Path | None = None) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with `model.chat_template` in place of its own template where that is set.
+    """The model's tokenizer, with its own chat template.
 
-    With an adapter, the one that was saved with it, if any: what it was trained with, template included.
+    With an adapter, the one that was saved with it, if any: what it was trained with, template included; but not where
+    `model.chat_template` is set, which may ask for the base's own.
     """
     refuse_no_model(model)
     if adapter is not None and model.chat_template is None and (adapter / "tokenizer_config.json").is_file():
         return _from_pretrained(AutoTokenizer, ModelConfig(name_or_path=str(adapter)))
-    tokenizer = _from_pretrained(AutoTokenizer, model)
-    if model.chat_template is not None:
-        try:
-            tokenizer.chat_template = model.chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"model.chat_template: {model.chat_template} cannot be read: {error}") from None
-    return tokenizer
+    return _from_pretrained(AutoTokenizer, model)
 
 
 def load_base_model(model: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
@@ -65,15 +62,28 @@ def load_base_model(model: ModelConfig, *, dtype: torch.dtype) -> PreTrainedMode
 
 def renderer_for(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, *, any_reasoning: bool) -> Renderer:
     """The renderer that training, evaluation and chat share: one template, one date, one set of stop tokens."""
-    kwargs = resolve_template_kwargs(
-        chat_template_of(tokenizer, None), model.chat_template_kwargs, any_reasoning=any_reasoning
-    )
+    template = chat_template_of(tokenizer, _given_template(model.chat_template, tokenizer))
+    kwargs = resolve_template_kwargs(template, model.chat_template_kwargs, any_reasoning=any_reasoning)
     return Renderer(
         tokenizer,
+        chat_template=template,
         chat_template_kwargs=kwargs,
         chat_template_date=model.chat_template_date,
         generation_stop_ids=generation_stop_ids(model),
     )
+
+
+def _given_template(given: Path | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The text of `model.chat_template`; None where the tokenizer's own is to be used."""
+    if given is None:
+        return None
+    name = embedded_name(given)
+    if name is not None:
+        return embedded_template(name, tokenizer)
+    try:
+        return given.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"model.chat_template: {given} cannot be read: {error}") from None
 
 
 def generation_stop_ids(model: ModelConfig) -> tuple[int, ...]:

@@ -4,9 +4,10 @@ Content is kept byte for byte as it stood in the file. Roles are the field's: sy
 (ChatGLM3 calls the last one observation).
 """
 
+import json
 import re
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self, get_args
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -48,6 +49,10 @@ class Conversation:
         """The messages as `apply_chat_template` takes them. Absent fields are left out: some templates print `None`."""
         return [_as_template_message(message) for message in self.messages]
 
+    def with_arguments_as_text(self) -> Self:
+        """The same, the arguments of calls as JSON text."""
+        return replace(self, messages=tuple(_with_arguments_as_text(message) for message in self.messages))
+
 
 def split_reasoning(content: str) -> tuple[str | None, str]:
     """A leading `<think>...</think>` and the text after it, without the line breaks around them.
@@ -59,6 +64,16 @@ def split_reasoning(content: str) -> tuple[str | None, str]:
         return None, content
     reasoning = thought[1].strip("\n")
     return reasoning if reasoning.strip() else None, content[thought.end() :].lstrip("\n")
+
+
+def _with_arguments_as_text(message: Message) -> Message:
+    calls = tuple(
+        call
+        if isinstance(call.arguments, str)
+        else replace(call, arguments=json.dumps(call.arguments, ensure_ascii=False))
+        for call in message.tool_calls
+    )
+    return replace(message, tool_calls=calls) if calls else message
 
 
 def _as_template_message(message: Message) -> dict[str, Any]:

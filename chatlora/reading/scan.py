@@ -24,6 +24,7 @@ from chatlora.reading.conversation import Conversation
 from chatlora.reading.sources import Unread, fingerprint, read_conversations
 
 MAKERS = ("reading", "rendering", "data")  # the folders whose code decides what an example is
+SOURCES = (".py", ".jinja")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,6 @@ def digest(value: Any) -> str:
 def code_digest() -> str:
     """sha256 of the code that makes examples and the versions it stands on: what other code made is not its own."""
     package = Path(__file__).parents[1]
-    modules = sorted(module for folder in MAKERS for module in (package / folder).glob("*.py"))
-    own = [[module.name, sha256_of(module)] for module in modules]
+    files = sorted(file for folder in MAKERS for file in (package / folder).rglob("*") if file.suffix in SOURCES)
+    own = [[file.name, sha256_of(file)] for file in files]
     return digest([own, [[name, version(name)] for name in ("transformers", "tokenizers", "jinja2")]])

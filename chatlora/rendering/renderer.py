@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
 from chatlora.config import OverLength, Supervise
 from chatlora.errors import SetAside
@@ -62,12 +62,15 @@ class Renderer:
 
     `chat_template` overrides the tokenizer's own; `chat_template_kwargs` are used as given (see
     `template.resolve_template_kwargs` for the default of `enable_thinking`); templates see the date
-    `chat_template_date` (today unless given); `generation_stop_ids` are the eos ids of the model's generation config.
+    `chat_template_date` (today unless given); `generation_stop_ids` are the eos ids of the model's generation config;
+    `text` is the tokenizer's ControlText, where there is one already.
     Raises ModelError where there is no template, or no fast tokenizer.
     """
 
     stop_ids: tuple[int, ...]
     """Every id that ends a reply: the tokenizer's eos, `generation_stop_ids`, and what the template shows."""
+    arguments_as_text: bool
+    """Whether the template takes the arguments of calls as JSON text only."""
     proof_seconds: float
     """Seconds spent in proofs so far."""
 
@@ -79,6 +82,7 @@ class Renderer:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         chat_template_date: date | None = None,
         generation_stop_ids: Sequence[int] = (),
+        text: ControlText | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template_of(tokenizer, chat_template)
@@ -89,8 +93,10 @@ class Renderer:
             chat_template_date or date.today(),
             dict(tokenizer.special_tokens_map),
         )
-        self._text = ControlText(tokenizer)
+        self._text = text or ControlText(tokenizer)
+        self._generation_stop_ids = tuple(generation_stop_ids)
         with bounded(PROBE):
+            self.arguments_as_text = self._template.takes_arguments_as_text()
             self._stops = StopTokens(self._template, self._text.spellings, tokenizer.eos_token_id, generation_stop_ids)
         self.stop_ids = self._stops.ids
         self._proof = Proof(tokenizer, self._template, self._text, self.stop_ids)
@@ -178,9 +184,20 @@ class Renderer:
         """Raises SetAside unless `example` is exactly that of these turns; see `proof.Proof.prove`."""
         began = perf_counter()
         try:
-            self._proof.prove(example.input_ids, example.labels, conversation, turns)
+            self._proof.prove(example.input_ids, example.labels, self._as_taken(conversation), turns)
         finally:
             self.proof_seconds += perf_counter() - began
+
+    def under(self, template: str) -> Self:
+        """A renderer of the same tokenizer, told the same, with another template."""
+        return type(self)(
+            self.tokenizer,
+            chat_template=template,
+            chat_template_kwargs=self.chat_template_kwargs,
+            chat_template_date=self._template.date,
+            generation_stop_ids=self._generation_stop_ids,
+            text=self._text,
+        )
 
     # ---- text
 
@@ -188,9 +205,12 @@ class Renderer:
         mask = self._text.mask
         messages = [
             {key: value if key == "role" else mask(value) for key, value in message.items()}
-            for message in template_messages(conversation.as_template_input())
+            for message in template_messages(self._as_taken(conversation).as_template_input())
         ]
         return messages, mask(conversation.tools)
+
+    def _as_taken(self, conversation: Conversation) -> Conversation:
+        return conversation.with_arguments_as_text() if self.arguments_as_text else conversation
 
     def _turns(self, conversation: Conversation, supervise: Supervise) -> tuple[str, list[Turn]]:
         indices = targets(conversation, supervise)

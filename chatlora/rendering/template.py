@@ -16,6 +16,7 @@ from jinja2 import TemplateSyntaxError
 
 from chatlora.errors import ModelError, SetAside
 from chatlora.rendering.control_text import PRIVATE, is_masked
+from chatlora.rendering.embedded import fitting_family
 from chatlora.rendering.limits import PROBE, TOO_MUCH, bounded, check_output
 
 ESCAPE = "\\U000f"  # how Python's repr begins to write a character of plane 15, where masked text is
@@ -67,6 +68,21 @@ class ChatTemplate:
         """Whether the template reads a variable of this name."""
         return name in _variables(self.text)
 
+    def takes_arguments_as_text(self) -> bool:
+        """Whether it renders a call only where the arguments are JSON text, as OpenAI's API has them."""
+        question = {"role": "user", "content": "Hello"}
+        result = {"role": "tool", "name": "look", "content": "nothing"}
+        for arguments in ({"at": "Oslo"}, '{"at": "Oslo"}'):
+            call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
+            try:
+                self.render(
+                    [question, {"role": "assistant", "content": "", "tool_calls": [call]}, result], (), prompt=True
+                )
+            except SetAside:
+                continue
+            return isinstance(arguments, str)
+        return False
+
     def digest(self) -> str:
         described = [self.text, dict(self.kwargs), self.date.isoformat(), dict(self.special_tokens)]
         return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
@@ -89,7 +105,8 @@ def chat_template_of(tokenizer: Any, chat_template: str | None) -> str:
     if not template:
         raise ModelError(
             f"{tokenizer.name_or_path or 'the tokenizer'}: has no chat template (a base model, perhaps); "
-            "set `model.chat_template` to a Jinja file, e.g. the one of the model's chat version"
+            f"set `model.chat_template` to {fitting_family(tokenizer)}, or to a Jinja file, e.g. the one of the "
+            "model's chat version"
         )
     try:
         with bounded(PROBE):

@@ -6,6 +6,7 @@ A tool's message is learned only where it says `loss: true`: no generation promp
 where its text does (or, where its role's token is what stops the turn before, right behind that token).
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -201,7 +202,10 @@ class _Probe:
     def stops(self) -> list[str]:
         question = {"role": "user", "content": "Hello"}
         answer = {"role": "assistant", "content": self.ANSWER}
-        function = {"name": "look", "arguments": {"at": self.CALLED}}
+        arguments: Any = {"at": self.CALLED}
+        if self.template.takes_arguments_as_text():
+            arguments = json.dumps(arguments)
+        function = {"name": "look", "arguments": arguments}
         call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
         result = {"role": "tool", "name": "look", "content": "nothing"}
 

@@ -50,6 +50,8 @@ def export_adapter(
         base = adapted.get_base_model()
         with written_beside(folder) as beside:
             save_adapter(adapted, weights, beside)
+            if config.model.chat_template is not None:
+                tokenizer.chat_template = renderer.chat_template
             tokenizer.save_pretrained(beside)
             save_template_settings(beside, renderer.chat_template_kwargs, config.model.chat_template_date)
             save_generation_config(base, renderer.stop_ids, beside)

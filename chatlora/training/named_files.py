@@ -8,6 +8,7 @@ from chatlora.config import Config, ModelConfig, Source, with_absolute_paths
 from chatlora.errors import ChatLoraError, ConfigError, similar_beside
 from chatlora.model.folder import find_adapter, refuse_no_model
 from chatlora.reading.sources import files_of
+from chatlora.rendering.embedded import embedded_name
 
 Named = tuple[str, Callable[[], object]]  # a setting, and what raises where that which it names is not there
 
@@ -41,7 +42,7 @@ def named_rows(setting: str, sources: Sequence[Source]) -> list[Named]:
 def named_by_model(model: ModelConfig) -> list[Named]:
     template: list[Named] = []
     if model.chat_template is not None:
-        template = [("model.chat_template", partial(_refuse_no_file, model.chat_template))]
+        template = [("model.chat_template", partial(_refuse_no_template, model.chat_template))]
     return [("model.name_or_path", partial(refuse_no_model, model)), *template]
 
 
@@ -49,7 +50,9 @@ def named_adapter(setting: str, adapter: Path | None) -> list[Named]:
     return [] if adapter is None else [(setting, partial(find_adapter, adapter))]
 
 
-def _refuse_no_file(path: Path) -> None:
+def _refuse_no_template(path: Path) -> None:
+    if embedded_name(path) is not None:
+        return
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name the file in it")
     if not path.exists():

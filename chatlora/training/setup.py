@@ -1,5 +1,6 @@
 """What happens before the first step: from what a person asked for to what the loop takes."""
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -39,6 +40,7 @@ from chatlora.model.lora import add_lora, describe_lora, trainable
 from chatlora.model.lora_init import init_fingerprint, start_from
 from chatlora.model.loss import TargetLoss
 from chatlora.reading.scan import inputs_of, scan
+from chatlora.rendering.embedded import embedded_name, source_of
 from chatlora.rendering.renderer import Renderer
 from chatlora.run_directory import RunDirectory
 from chatlora.run_lock import INPUTS, lock_run, refuse_other_inputs, refuse_shorter
@@ -233,7 +235,7 @@ def contents_of(config: Config) -> dict[str, Any]:
     data, template = config.data, config.model.chat_template
     validation = [source for _, sources in sorted(data.validation_sets.items()) for source in sources]
     try:
-        text = None if template is None else sha256_of(template)
+        text = None if template is None else _sha256_of_template(template)
     except OSError as error:
         raise ModelError(f"model.chat_template: {template} cannot be read: {error}") from None
     return {
@@ -241,6 +243,11 @@ def contents_of(config: Config) -> dict[str, Any]:
         "data.validation": [each.sha256 for each in inputs_of(validation, "validation")],
         "model.chat_template": text,
     }
+
+
+def _sha256_of_template(template: Path) -> str:
+    name = embedded_name(template)
+    return sha256_of(template) if name is None else hashlib.sha256(source_of(name).encode()).hexdigest()
 
 
 def refuse_other_ranks(runtime: Runtime, environment: Mapping[str, Any]) -> None:

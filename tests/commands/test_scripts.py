@@ -78,6 +78,12 @@ def test_no_module_of_the_wheel_has_the_name_of_another_package(site: Path) -> N
     assert sorted(path.name for path in site.iterdir() if not path.name.endswith(".dist-info")) == ["chatlora"]
     beside = {path.name for path in (site / "chatlora" / "shipped").iterdir()}
     assert beside == {"accelerate_configs", "chatlora_train.py", "chatlora_evaluate.py"}
+
+
+def test_the_wheel_holds_every_chat_template(site: Path) -> None:
+    templates = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "chatlora").rglob("*.jinja")}
+    assert len(templates) > 10
+    assert {str(path.relative_to(site)) for path in (site / "chatlora").rglob("*.jinja")} == templates
     for name in ("train", "evaluate"):
         script = site / "chatlora" / "shipped" / f"chatlora_{name}.py"
         assert script.read_bytes() == (REPOSITORY / f"{name}.py").read_bytes()

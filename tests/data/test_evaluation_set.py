@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from chatlora.config import Source
-from chatlora.data.dataset import prepare_evaluation_data
+from chatlora.data.dataset import prepare_evaluation_data, summary_lines
 from chatlora.data.held_out import HeldOutRows, read_held_out
 from chatlora.errors import ConfigError, DataError
 from chatlora.reading.scan import inputs_of
@@ -52,6 +52,26 @@ def test_each_turn_of_a_conversation_is_a_sample(tmp_path: Path) -> None:
     assert [len(sample.references) for sample in samples] == [1] * 7
     assert (source["rows_used"], source["turns"]) == (4, 8)
     assert [sample.turn for sample in evaluate(path, supervise="last")[0]] == [0, 2, 2]
+
+
+def test_the_ledger_names_the_template_that_renders_a_refused_row(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    asked = {"role": "user", "content": "row"}
+    thought = {"role": "assistant", "content": "x", "reasoning_content": "A map helps."}
+    rows: list[list[dict[str, Any]]] = [[asked, {"role": "assistant", "content": "x"}]] * 3
+    rows += [[asked, thought], [asked, {"role": "system", "content": ""}]]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    _, source = evaluate(path)
+    assert source["set_aside"] == [
+        {"place": f"{path}:4", "reason": "the chat template drops reasoning", "lifted_by": "embedded:completed"},
+        {"place": f"{path}:5", "reason": "no assistant message is a target"},
+    ]
+    told = (
+        "  set aside 1 x the chat template drops reasoning (e.g. {}:4); take model.chat_template embedded:completed, "
+    )
+    assert told.format(path) + "which renders all of them" in summary_lines(
+        {"sources": [source], "replies_too_long": 0}
+    )
 
 
 def test_rows_that_share_a_place_have_ids_of_their_own(tmp_path: Path) -> None:

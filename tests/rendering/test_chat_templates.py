@@ -4,18 +4,26 @@ Run: pytest tests/rendering/test_chat_templates.py. After a change that was mean
 `python tests/rendering/test_chat_templates.py` writes docs/templates.md anew.
 """
 
+import functools
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import trl
+from transformers import PreTrainedTokenizerFast
 
+from chatlora.embedded_model import EMBEDDED
 from chatlora.errors import SetAside
 from chatlora.reading.conversation import Conversation, Message, ToolCall
+from chatlora.rendering.completion import completed, embedded_template
+from chatlora.rendering.embedded import FAMILIES, family_template
+from chatlora.rendering.remedies import lifted_by
 from chatlora.rendering.renderer import EvalExample, Rendered, Renderer
 from chatlora.rendering.template import resolve_template_kwargs
 from tests.exactness import assert_exact, rendered_ids
+from tests.templates_page import Table, page
 from tests.tiny_tokenizers import control_tokens_in, tiny_tokenizer
 
 TEMPLATES = {
@@ -81,13 +89,13 @@ CONVERSATIONS = {
 # Data in which a row carries reasoning is rendered under the template's own default, all of it.
 BESIDE_REASONING = "text beside reasoning"
 CONVERSATIONS[BESIDE_REASONING] = CONVERSATIONS["text"]
+WITH_REASONING = ("reasoning", BESIDE_REASONING)
 
 # What is foreseen, in the order of CONVERSATIONS: how many examples a conversation gives, or why it is refused.
 # NAME+ stands for NAME_training too, trl's version of the template with marks around what is learned.
 FORESEEN = """
 1 1 1 1 raises reasoning 1                      : cohere+ cohere2+ gemma3+
-prompt prompt prompt prompt prompt prompt prompt: deepseek_r1_distill+ deepseekv3_training
-prompt prompt prompt prompt raises prompt prompt: deepseekv3
+prompt prompt prompt prompt prompt prompt prompt: deepseek_r1_distill+ deepseekv3+
 1 1 1 1 1 2 1                                   : diffusion_gemma+ gemma4_v5 glm4moe+ lfm2_2_5 lfm2_2_5_v2 lfm2_2_5_vl
 1 raises 1 1 raises reasoning 1                 : gemma+
 1 1 1 1 1 reasoning 1                           : gemma4 gemma4_v2 gemma4_v3 gemma4_v4 lfm2_v2+ llama3_1 llama3_2
@@ -113,6 +121,7 @@ REFUSALS = {
 }
 
 
+@functools.cache
 def foreseen() -> dict[str, list[str]]:
     table = {}
     for line in FORESEEN.strip().splitlines():
@@ -124,12 +133,19 @@ def foreseen() -> dict[str, list[str]]:
     return table
 
 
+@functools.cache
 def renderer_of(template: str, *, any_reasoning: bool) -> Renderer:
     """The template with a tiny tokenizer that has its control tokens."""
+    kwargs = resolve_template_kwargs(template, {}, any_reasoning=any_reasoning)
+    return Renderer(tokenizer_of(template), chat_template_kwargs=kwargs)
+
+
+@functools.cache
+def tokenizer_of(template: str) -> PreTrainedTokenizerFast:
     tokens = list(dict.fromkeys([*control_tokens_in(template), "<s>", "<|endoftext|>"]))
     bos = next(token for token in ("<|begin_of_text|>", "<bos>", "<s>") if token in tokens)
     plain = [token for token in tokens if token.startswith(("<tool", "</tool", "<think", "</think"))]
-    tokenizer = tiny_tokenizer(
+    return tiny_tokenizer(
         chat_template=template,
         control_tokens=[token for token in tokens if token not in plain],
         plain_tokens=plain,
@@ -137,16 +153,21 @@ def renderer_of(template: str, *, any_reasoning: bool) -> Renderer:
         bos=bos if "bos_token" in template else None,
         splitting="llama3",
     )
-    kwargs = resolve_template_kwargs(template, {}, any_reasoning=any_reasoning)
-    return Renderer(tokenizer, chat_template_kwargs=kwargs)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one conversation, proved and looked at a second time; `rendered` is None where it was refused."""
+    """What became of one conversation, proved and looked at a second time; `rendered` is None where it was refused.
+
+    lifted: the template of the package that is told as the remedy, and what becomes of the conversation under it.
+    completed: of a conversation that is rendered, what becomes of it under the same template with additions.
+    """
 
     refusal: str = ""
     rendered: Rendered | None = None
+    samples: tuple[EvalExample, ...] = ()
+    lifted: tuple[str, "Outcome"] | None = None
+    completed: "Outcome | None" = None
 
     @property
     def verdict(self) -> str:
@@ -156,24 +177,45 @@ class Outcome:
 
     def told(self) -> str:
         if self.rendered is None:
-            return "refused: " + REFUSALS[self.verdict].removeprefix("the chat template").removeprefix("'s").strip()
+            reason = REFUSALS[self.verdict].removeprefix("the chat template").removeprefix("'s").strip()
+            return f"refused: {reason}" + (f"; `{self.lifted[0]}`: {self.lifted[1].told()}" if self.lifted else "")
         return "exact" if self.verdict == "1" else f"exact, {self.verdict} examples"
 
 
-def outcome_of(template: str, kind: str) -> Outcome:
-    conversation = CONVERSATIONS[kind]
-    renderer = renderer_of(template, any_reasoning=kind in ("reasoning", BESIDE_REASONING))
+def outcome_of(template: str, kind: str, *, lifting: bool = True) -> Outcome:
+    """Under this template of a tokenizer; where it is refused, under the remedy that is told as well."""
+    renderer, conversation = renderer_of(template, any_reasoning=kind in WITH_REASONING), CONVERSATIONS[kind]
+    outcome = outcome_under(renderer, conversation, lifting=lifting)
+    more = completed_once(template) if lifting else template
+    if outcome.rendered is None or more == template:
+        return outcome
+    assert resolve_template_kwargs(more, {}, any_reasoning=kind in WITH_REASONING) == renderer.chat_template_kwargs
+    return replace(outcome, completed=outcome_under(renderer.under(more), conversation, lifting=False))
+
+
+@functools.cache
+def completed_once(template: str) -> str:
+    return completed(tokenizer_of(template))
+
+
+def outcome_under(renderer: Renderer, conversation: Conversation, *, lifting: bool = True) -> Outcome:
     try:
         rendered = renderer.render(conversation, max_length=LONG)
-        samples = list(renderer.render_for_evaluation(conversation, max_prompt_length=None, max_new_tokens=9))
+        samples = tuple(renderer.render_for_evaluation(conversation, max_prompt_length=None, max_new_tokens=9))
     except SetAside as refused:
-        return Outcome(refusal=str(refused))
+        name = lifted_by(renderer, conversation, refused, "all") if lifting else ""
+        return Outcome(refusal=str(refused), lifted=(name, _lifted(renderer, conversation, name)) if name else None)
     assert_exact(renderer, conversation, rendered.examples)
     assert_samples(renderer, conversation, samples)
-    return Outcome(rendered=rendered)
+    return Outcome(rendered=rendered, samples=samples)
 
 
-def assert_samples(renderer: Renderer, conversation: Conversation, samples: list[EvalExample]) -> None:
+def _lifted(renderer: Renderer, conversation: Conversation, name: str) -> Outcome:
+    template = embedded_template(name.removeprefix(EMBEDDED), renderer.tokenizer)
+    return outcome_under(renderer.under(template), conversation, lifting=False)
+
+
+def assert_samples(renderer: Renderer, conversation: Conversation, samples: Sequence[EvalExample]) -> None:
     """One for each assistant message; its prompt is what transformers gives, its reference ends with a stop token."""
     assistants = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
     assert [sample.turn for sample in samples] == list(range(len(assistants)))
@@ -188,7 +230,17 @@ def outcomes() -> dict[str, list[Outcome]]:
 
 
 def all_outcomes() -> dict[str, list[Outcome]]:
-    return {name: [outcome_of(template, kind) for kind in CONVERSATIONS] for name, template in TEMPLATES.items()}
+    return {name: row(name, lifting=name == original(name)) for name in TEMPLATES}
+
+
+def row(name: str, *, lifting: bool) -> list[Outcome]:
+    return [outcome_of(TEMPLATES[name], kind, lifting=lifting) for kind in CONVERSATIONS]
+
+
+def original(name: str) -> str:
+    """Without trl's marks: the same for whoever reads no marks, where trl has not changed more."""
+    base = name.removesuffix("_training")
+    return base if foreseen()[base] == foreseen()[name] else name
 
 
 def test_every_template_and_kind_of_conversation_is_exact_or_refused_as_foreseen(
@@ -198,46 +250,67 @@ def test_every_template_and_kind_of_conversation_is_exact_or_refused_as_foreseen
     assert found == foreseen()
 
 
-def test_the_table_in_the_documents_is_what_is_found(outcomes: dict[str, list[Outcome]]) -> None:
-    assert DOCUMENT.read_text(encoding="utf-8") == document(outcomes)
+def test_every_refusal_names_a_template_of_the_package_that_renders_the_row(
+    outcomes: dict[str, list[Outcome]],
+) -> None:
+    rows = [row for name, row in outcomes.items() if name == original(name)]
+    assert_lifted(rows)
+    assert sum(outcome.lifted is not None for row in rows for outcome in row) > 60
 
 
-# ---- the document
-
-INTRODUCTION = """\
-# Chat templates
-
-What comes out of the chat templates that trl TRL carries, for seven kinds of conversation. This page is written by
-`python tests/rendering/test_chat_templates.py`, and a test holds it against what is found.
-
-**exact** means that a reply's targets begin where the generation prompt ends, are what the template renders for the
-reply with the token that stops it, and hold the reply's text, reasoning and calls; that the ids in front of them are
-those that inference sees; and that all of this was proved for the very row. Where a template renders a reply otherwise
-once more messages follow (it drops earlier thoughts, or ends the last reply in its own way), such a reply gets an
-example of its own: **exact, 2 examples**.
-
-**refused** rows are not trained on: `ledger.json` names each with its place and reason, and where more than half of a
-source is refused, the run does not start. Another Jinja file (`model.chat_template`) is the way out: for most
-families, `trl/chat_templates` has one that keeps reasoning.
-
-What a template changes in a reply without losing any of it is a target, since the model must generate it. It is in the
-last column, and counted by kind in `ledger.json` under `altered`.
-"""
+@pytest.mark.slow
+def test_every_refusal_of_a_template_with_marks_names_one_too() -> None:
+    assert_lifted([row(name, lifting=True) for name in TEMPLATES if name != original(name)])
 
 
-def document(outcomes: dict[str, list[Outcome]]) -> str:
-    heads = ["template", *CONVERSATIONS, "changes in a reply"]
-    lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
-    rows: dict[str, list[str]] = {}
+def assert_lifted(rows: list[list[Outcome]]) -> None:
+    for outcome in (outcome for row in rows for outcome in row if outcome.rendered is None):
+        assert outcome.lifted is not None
+        assert outcome.lifted[1].rendered is not None
+
+
+def test_a_template_completed_gives_the_ids_that_it_gives_alone(outcomes: dict[str, list[Outcome]]) -> None:
+    """Prompts and targets, wherever it renders a conversation; but where thoughts are on, they are on for all."""
+    others = {
+        (name, kind)
+        for name, row in outcomes.items()
+        for kind, outcome in zip(CONVERSATIONS, row, strict=True)
+        if outcome.completed is not None
+        and (outcome.rendered, outcome.samples) != (outcome.completed.rendered, outcome.completed.samples)
+    }
+    assert others == {("qwen3_5_nothink", BESIDE_REASONING), ("qwen3_5_nothink_training", BESIDE_REASONING)}
+    assert sum(outcome.completed is not None for row in outcomes.values() for outcome in row) > 100
+
+
+def test_each_family_s_template_is_exact_for_every_kind_of_conversation() -> None:
+    found = {name: [outcome.verdict for outcome in row] for name, row in family_outcomes().items()}
+    assert found.pop("deepseek-r1") == ["1", "1", "1", "3", "2", "2", "1"]
+    assert all(verdicts == ["1"] * len(CONVERSATIONS) for verdicts in found.values())
+
+
+def test_the_tables_in_the_documents_are_what_is_found(outcomes: dict[str, list[Outcome]]) -> None:
+    assert DOCUMENT.read_text(encoding="utf-8") == page_of(outcomes)
+
+
+def page_of(outcomes: dict[str, list[Outcome]]) -> str:
+    published = {name: row for name, row in outcomes.items() if name == original(name)}
+    return page(told(published), told(family_outcomes()))
+
+
+def family_outcomes() -> dict[str, list[Outcome]]:
+    return {name: [outcome_of(family_template(name), kind) for kind in CONVERSATIONS] for name in FAMILIES}
+
+
+def told(outcomes: dict[str, list[Outcome]]) -> Table:
+    heads = ("template", *CONVERSATIONS, "changes in a reply")
+    rows = {}
     for name, row in outcomes.items():
         changes = sorted({kind for outcome in row if outcome.rendered for kind in outcome.rendered.altered})
-        cells = [*(outcome.told() for outcome in row), "; ".join(change.replace("|", "\\|") for change in changes)]
-        rows.setdefault(" | ".join(cells), []).append(name)
-    lines += [f"{', '.join(names)} | {cells}" for cells, names in rows.items()]
-    return INTRODUCTION.replace("TRL", trl.__version__) + "\n" + "".join(f"| {line} |\n" for line in lines)
+        rows[name] = (*(outcome.told() for outcome in row), "; ".join(changes))
+    return Table(heads, rows)
 
 
 if __name__ == "__main__":
     DOCUMENT.parent.mkdir(exist_ok=True)
-    DOCUMENT.write_text(document(all_outcomes()), encoding="utf-8")
+    DOCUMENT.write_text(page_of(all_outcomes()), encoding="utf-8")
     sys.exit(f"{DOCUMENT} is written")

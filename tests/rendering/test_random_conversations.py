@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
+from chatlora.embedded_model import EMBEDDED
 from chatlora.errors import SetAside
 from chatlora.reading.conversation import Conversation
+from chatlora.rendering import embedded
+from chatlora.rendering.completion import completed
 from chatlora.rendering.control_text import ControlText
 from chatlora.rendering.examples import Draft, Example
 from chatlora.rendering.renderer import Rendered, Renderer
@@ -63,11 +66,20 @@ def families() -> dict[str, Renderer]:
 
 
 FAMILIES = families()
+EMBEDDED_TEMPLATES = [EMBEDDED + name for name in embedded.FAMILIES]
+COMPLETED = " completed"
+SOME_COMPLETED = [name + COMPLETED for name in ("deepseekv3", "gemma", "llama3_1", "nemotron_3_nano")]
 
 
 @functools.cache
 def renderer_for(name: str, any_reasoning: bool) -> Renderer:
-    return FAMILIES[name] if name in FAMILIES else renderer_of(TEMPLATES[name], any_reasoning=any_reasoning)
+    if name in FAMILIES:
+        return FAMILIES[name]
+    if name in EMBEDDED_TEMPLATES:
+        template = embedded.family_template(name.removeprefix(EMBEDDED))
+        return renderer_of(template, any_reasoning=any_reasoning)
+    renderer = renderer_of(TEMPLATES[name.removesuffix(COMPLETED)], any_reasoning=any_reasoning)
+    return renderer.under(completed(renderer.tokenizer)) if name.endswith(COMPLETED) else renderer
 
 
 def outcome(renderer: Renderer, conversation: Conversation) -> Rendered | str:
@@ -122,13 +134,21 @@ def squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *(name for name in TEMPLATES if not name.endswith("_training"))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(*FAMILIES, *EMBEDDED_TEMPLATES, *SOME_COMPLETED),
+        *(name for name in TEMPLATES if not name.endswith("_training")),
+    ],
+)
 def test_conversations_drawn_at_random_are_exact_or_refused(name: str) -> None:
     check_all(name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*FAMILIES, *TEMPLATES])
+@pytest.mark.parametrize(
+    "name", [*FAMILIES, *EMBEDDED_TEMPLATES, *TEMPLATES, *(name + COMPLETED for name in TEMPLATES)]
+)
 def test_many_conversations_drawn_at_random_are_exact_or_refused(name: str) -> None:
     check_all(name, range(FEW, MANY))
 

@@ -109,6 +109,15 @@ QUIRKS = {
             "plain_tokens": ["<tool_call>", "</tool_call>"],
         },
     ),
+    "DeepSeek: a call's arguments as text": Quirk(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% for call in m.tool_calls %}"
+        "{{ '<tool_call>' + call.function.name + '\n' + call.function.arguments + '<|done|>' }}{% endfor %}"
+        "{{ '' if m.tool_calls else '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        [['<tool_call>look\n{"at": "Oslo"}<|done|>', "In Norway.<|im_end|>"]],
+        CALLING,
+        tokenizer={"control_tokens": [*CHATML_TOKENS, "<|done|>"], "plain_tokens": ["<tool_call>"]},
+    ),
     "Gemma: the assistant is called model": Quirk(
         chat(
             "{{ bos_token }}",

@@ -1,0 +1,86 @@
+"""docs/templates.md, of what tests/rendering/test_chat_templates.py finds."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import trl
+
+INTRODUCTION = """\
+# Chat templates
+
+What comes out of the chat templates that trl TRL carries, for seven kinds of conversation, and of those that come with
+this package. The page is written by `python tests/rendering/test_chat_templates.py`, and a test holds it against what
+is found.
+
+**exact** means that a reply's targets begin where the generation prompt ends, are what the template renders for the
+reply with the token that stops it, and hold the reply's text, reasoning and calls; that the ids in front of them are
+those that inference sees; and that all of this was proved for the very row. Where a template renders a reply otherwise
+once more messages follow (it drops earlier thoughts, or ends the last reply in its own way), such a reply gets an
+example of its own: **exact, 2 examples**.
+
+**refused** rows are not trained on: `ledger.json` names each with its place and reason, and where more than half of a
+source is refused, the run does not start. Where a template of the package renders the row, which is found out by
+rendering and proving it, the reason names it (`lifted_by` in the ledger), as the table does here.
+
+NAME_training is trl's version of a template with marks around what is learned. Where it has no row of its own, it comes
+out as NAME does.
+
+What a template changes in a reply without losing any of it is a target, since the model must generate it. It is in the
+last column, and counted by kind in `ledger.json` under `altered`. A template that takes the arguments of calls as JSON
+text only gets them so.
+"""
+EMBEDDED = """\
+## Templates of the package
+
+```yaml
+model: {chat_template: "embedded:completed"}
+```
+
+`embedded:completed` is the tokenizer's own template, completed. For each kind of conversation that it refuses, these
+are tried, and what makes a made-up conversation of that kind exact is put around it, as Jinja that rewrites the
+messages:
+
+- thoughts are switched on (`enable_thinking`) where its default leaves no room for them;
+- a reply without a thought closes the one that the generation prompt opens, at once;
+- a thought becomes `<think>...</think>` at the head of the reply's text;
+- tools are listed in the system message (which then stands in the place of one that the template adds by itself), a
+  call becomes `<tool_call>` with JSON in the reply's text, and a result `<tool_response>` in a user's message, as
+  Hermes and Qwen have them;
+- a system message becomes the head of the user's message;
+- a reply is written behind the generation prompt, where that opens a thought which the template shows in no reply;
+- text becomes a list of one part, for models that also see.
+
+What the template renders exactly alone it renders so completed, with the same ids; nothing is added to a template that
+needs nothing. There is one exception: where thoughts are switched on, replies without one (text beside
+reasoning) follow the prompt of a reply with one.
+
+Where a newer template of the family shows thoughts or calls in a form of its own (gemma4_v5, lfm2_v2), that one is the
+better choice.
+
+The others are written for a family, for tokenizers that bring no template (the error names the one whose control tokens
+are there). A family's prompts are those of its own template. `deepseek-r1` is for DeepSeek-R1 and its distillations:
+the prompt opens a thought, the reply closes it, earlier replies stand without theirs, and calls have DeepSeek's own
+form. `zephyr` needs no control token but eos.
+
+Whichever it is, the adapter's folder holds the text that trained it as `chat_template.jinja`, and with that it is
+evaluated and served. A run that goes on is refused if the package's text has changed since it began.
+"""
+
+
+class Table(NamedTuple):
+    heads: tuple[str, ...]
+    rows: Mapping[str, tuple[str, ...]]  # by template
+
+    def text(self) -> str:
+        """Templates with equal rows share one."""
+        grouped: dict[str, list[str]] = {}
+        for name, cells in self.rows.items():
+            grouped.setdefault(" | ".join(cell.replace("|", "\\|") for cell in cells), []).append(name)
+        lines = [" | ".join(self.heads), " | ".join(["---"] * len(self.heads))]
+        lines += [f"{', '.join(names)} | {cells}" for cells, names in grouped.items()]
+        return "".join(f"| {line} |\n" for line in lines)
+
+
+def page(published: Table, embedded: Table) -> str:
+    introduction = INTRODUCTION.replace("TRL", trl.__version__)
+    return "\n".join([introduction, published.text(), EMBEDDED, embedded.text()])
