@@ -24,7 +24,7 @@ class Source(Section):
     )
     repeat: int = Field(1, ge=1, description="how often its training rows are seen in an epoch")
     split: str | None = Field(
-        None, description="the split of a hub data set; null: train, validation or test by its use"
+        None, description="which part of a folder or hub data set; null: train, validation or test by its use"
     )
 
 

@@ -156,9 +156,9 @@ def prepare_training_data(
     if held_out.get("validation"):
         validation[UNNAMED] = held_out["validation"]
     by_name = dict(zip(["", *separate], stores, strict=True))
-    accounts = _accounts(stores[0], ~trained)
-    for store in stores[1:]:
-        accounts += _accounts(store, np.ones(len(store), bool))
+    accounts = _accounts(stores[0], inputs, ~trained)
+    for store, group in zip(stores[1:], groups[1:], strict=True):
+        accounts += _accounts(store, group, np.ones(len(store), bool))
     return PreparedData(
         train=ExampleSet(stores[0], _repeated(stores[0], trained, data.train)),
         validation=validation,
@@ -260,8 +260,9 @@ def _repeated(store: ExampleStore, used: np.ndarray, sources: Sequence[Source]) 
     return np.concatenate(parts)
 
 
-def _accounts(store: ExampleStore, held_out: np.ndarray) -> list[SourceAccount]:
-    accounts = [SourceAccount(**source) for source in store.record["sources"]]
+def _accounts(store: ExampleStore, inputs: Sequence[Input], held_out: np.ndarray) -> list[SourceAccount]:
+    told = zip(store.record["sources"], inputs, strict=True)
+    accounts = [SourceAccount(**source | {"part": each.part, "left": dict(each.left)}) for source, each in told]
     first_of_row = store.turns > 0
     for number, account in enumerate(accounts):
         mine = store.sources == number

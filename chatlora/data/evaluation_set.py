@@ -10,7 +10,8 @@ from chatlora.data.ledger import SourceAccount, ledger_of, refuse_lost_sources
 from chatlora.errors import DataError, SetAside
 from chatlora.progress import track
 from chatlora.reading.conversation import Conversation
-from chatlora.reading.sources import Unread
+from chatlora.reading.parts import Chosen
+from chatlora.reading.sources import Unread, files_of
 from chatlora.rendering.examples import PROMPT_TOO_LONG, EvalExample
 from chatlora.rendering.remedies import lifted_by
 from chatlora.rendering.renderer import Renderer
@@ -37,6 +38,7 @@ def prepare_evaluation_data(
     sources: Sequence[Source],
     renderer: Renderer,
     *,
+    split: str = "test",
     max_prompt_length: int | None,
     max_new_tokens: int,
     over_length: OverLength = "fit",
@@ -51,12 +53,12 @@ def prepare_evaluation_data(
     both together. Raises DataError with all mistakes in the rows, or where too few of them can be rendered.
     """
     problems: list[str] = []
-    accounts = [SourceAccount(source.path) for source in sources]
+    accounts = [_begun(source, split) for source in sources]
     unread: list[list[Unread] | None] = [None if on_bad_row == "error" else [] for _ in sources]
     samples: list[EvalSample] = []
     single_turns: dict[tuple[int, ...], int] = {}  # the ids of a prompt -> its sample's position
     taken: set[str] = set()
-    for account, conversation in _conversations(sources, accounts, system, unread, problems):
+    for account, conversation in _conversations(sources, split, accounts, system, unread, problems):
         try:
             rendered = renderer.render_for_evaluation(
                 conversation,
@@ -94,19 +96,25 @@ def prepare_evaluation_data(
 
 def _conversations(
     sources: Sequence[Source],
+    split: str,
     accounts: Sequence[SourceAccount],
     system: str | None,
     unread: Sequence[list[Unread] | None],
     problems: list[str],
 ) -> Iterator[tuple[SourceAccount, Conversation]]:
     for source, account, bad in zip(sources, accounts, unread, strict=True):
-        rows = conversations_to_evaluate(source, system, bad)
+        rows = conversations_to_evaluate(source, split, system, bad)
         try:
             for conversation in track(rows, f"rendering {source.path}", None):
                 account.rows_read += 1
                 yield account, conversation
         except DataError as error:
             problems += error.problems
+
+
+def _begun(source: Source, split: str) -> SourceAccount:
+    chosen = files_of(source, split) or Chosen([])
+    return SourceAccount(source.path, part=chosen.part, left=dict(chosen.left))
 
 
 def _account(account: SourceAccount, conversation: Conversation, examples: Sequence[EvalExample]) -> None:

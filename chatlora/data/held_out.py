@@ -11,7 +11,7 @@ from chatlora.config import Source
 from chatlora.errors import ConfigError, DataError
 from chatlora.reading.conversation import Conversation
 from chatlora.reading.scan import Input
-from chatlora.reading.sources import Unread, fingerprint, is_on_hub, read_conversations
+from chatlora.reading.sources import Unread, fingerprint, read_conversations, with_split
 
 HELD_OUT = "held_out.json"
 OTHER_ROWS = "give rows with --data FILE"
@@ -35,10 +35,8 @@ class HeldOutRows(Source):
 
 
 def held_out_rows(source: Input, places: Sequence[str]) -> HeldOutRows:
-    """These rows of a source, as they are kept: of a hub data set with the split that they were read from."""
-    values = source.source.model_dump()
-    if is_on_hub(source.source):
-        values["split"] = source.source.split or source.split
+    """These rows of a source, as they are kept: with the split that they were read from, where it has several."""
+    values = with_split(source.source, source.split).model_dump()
     return HeldOutRows(**values, sha256=source.sha256, places=tuple(places))
 
 
@@ -75,10 +73,10 @@ def kept_by(run: Path, split: str) -> list[Any] | None:
 
 
 def conversations_to_evaluate(
-    source: Source, system: str | None, set_aside: list[Unread] | None
+    source: Source, split: str, system: str | None, set_aside: list[Unread] | None
 ) -> Iterator[Conversation]:
-    """`read_conversations` of test rows, or of those that a run held out: an unreadable row is none of these."""
+    """`read_conversations` of a split's rows, or of those that a run held out: an unreadable row is none of these."""
     if not isinstance(source, HeldOutRows):
-        return read_conversations(source, system=system, split="test", set_aside=set_aside)
+        return read_conversations(source, system=system, split=split, set_aside=set_aside)
     unread: list[Unread] | None = None if set_aside is None else []
     return source.among(read_conversations(source, system=system, set_aside=unread))

@@ -52,7 +52,8 @@ class SourceAccount:
     template of the package was found to render it. altered: how many turns
     the template changed without losing anything, by kind. replies: of all rows but those set aside for something else
     than their length; too_long: the `max_length` that each of them takes which is lost or cut, None where nobody
-    measured it.
+    measured it. part, left: which part of the source was read, where it has several, and those that were not, with how
+    many files each (0: of the hub).
     """
 
     path: str
@@ -67,6 +68,8 @@ class SourceAccount:
     altered: dict[str, int] = field(default_factory=dict)
     replies: int = 0
     too_long: list[int | None] = field(default_factory=list)
+    part: str | None = None
+    left: dict[str, int] = field(default_factory=dict)
 
     def put_aside(self, place: str | None, reason: str, detail: str, lifted_by: str = "") -> None:
         self.set_aside.append(entry(place, reason, detail) | ({LIFTED_BY: lifted_by} if lifted_by else {}))
@@ -154,10 +157,17 @@ def summary_lines(ledger: Mapping[str, Any]) -> list[str]:
         rows += [f"{len(source['set_aside']):,} set aside"] if source["set_aside"] else []
         counts = f"{source['turns']:,} turns, {source['targets']:,} targets in {source['tokens']:,} tokens"
         lines.append(f"{source['path']}: {', '.join(rows)}; {counts}")
+        lines += (
+            [f"  of its parts {source['part']} is read; left: {_told_left(source['left'])}"] if source["left"] else []
+        )
         lines += [f"  set aside {reason}" for reason in _counted(source["set_aside"])]
         lines += [f"  not whole: {reason}" for reason in _counted(source["cut"])]
         lines += [f"  in {turns:,} turns {kind} by the chat template" for kind, turns in source["altered"].items()]
     return lines + ([_told_too_long(ledger)] if ledger["replies_too_long"] else [])
+
+
+def _told_left(left: Mapping[str, int]) -> str:
+    return ", ".join(f"{part} ({files:,} file{'s' * (files > 1)})" if files else part for part, files in left.items())
 
 
 def _told_too_long(ledger: Mapping[str, Any]) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 from chatlora.disk import whole_lines, written_beside
 from chatlora.errors import PredictionsError
-from chatlora.reading.files import BadRow, read_jsonl
+from chatlora.reading.json_files import read_jsonl
+from chatlora.reading.streams import NOT_READ, BadRow
 
 FIELDS = ("id", "turn", "prompt", "prediction", "prediction_raw", "reference", "stop_reason", "scores")
 REQUIRED = ("prediction", "reference")
@@ -76,9 +77,9 @@ def read_predictions(path: Path) -> list[Prediction]:
             problems += found
             if not isinstance(row, BadRow) and not found:
                 predictions.append(_as_prediction(row, place))
-    except OSError as error:
+    except NOT_READ as error:
         raise PredictionsError(
-            f"{path}: cannot be read ({error.strerror}); give the path of a JSON-lines file."
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); give the path of a JSON-lines file."
         ) from None
     if not predictions and not problems:
         problems.append(f"{path}: holds no predictions; write one JSON object with {_wanted()} on each line.")

@@ -72,7 +72,7 @@ def inputs_of_request(request: Request) -> dict[str, Any]:
     data, evaluation = request.config.data, request.config.evaluation
     return {
         "adapter_sha256": None if request.adapter is None else sha256_of(request.adapter / "adapter_model.safetensors"),
-        "data_sha256": [each.sha256 for each in inputs_of(request.sources, "test")],
+        "data_sha256": [each.sha256 for each in inputs_of(request.sources, request.split)],
         "max_new_tokens": evaluation.max_new_tokens,
         "max_prompt_length": evaluation.max_prompt_length or data.max_length,
         "style": evaluation.style,

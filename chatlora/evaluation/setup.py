@@ -149,7 +149,7 @@ def _note_limit(model: Model, needed: int, say: Callable[[str], None]) -> None:
 
 def _renderer(request: Request, tokenizer: PreTrainedTokenizerBase) -> Renderer:
     # A run's config says what its template was told, whatever the test rows carry.
-    inputs, cache = inputs_of(request.sources, "test"), cache_root() / "data"
+    inputs, cache = inputs_of(request.sources, request.split), cache_root() / "data"
     any_reasoning = request.of_run or scan(inputs, cache, request.config.data.on_bad_row).any_reasoning
     return renderer_for(tokenizer, request.config.model, any_reasoning=any_reasoning)
 
@@ -159,6 +159,7 @@ def _samples(request: Request, renderer: Renderer) -> tuple[list[EvalSample], di
     samples, ledger = prepare_evaluation_data(
         request.sources,
         renderer,
+        split=request.split,
         max_prompt_length=config.evaluation.max_prompt_length or config.data.max_length,
         max_new_tokens=config.evaluation.max_new_tokens,
         over_length=config.data.over_length,

@@ -1,4 +1,4 @@
-"""Readers of data files: JSON Lines, JSON, CSV, Parquet -> rows, each with its place.
+"""Which reader a data file has, by its ending; and those of tables: CSV, Parquet, Arrow -> rows, each with its place.
 
 Every reader yields `(row, place)` one at a time. A row that cannot be read comes as BadRow, so that whoever reads can
 gather all mistakes of a file; where nothing behind a mistake can be trusted, it is the last one. Strings stay byte
@@ -6,174 +6,22 @@ for byte (`datasets.load_dataset("json")` turns date-like text into dates and lo
 """
 
 import csv
-import json
-import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from chatlora.reading.formats import KNOWN_COLUMNS
+from chatlora.reading.json_files import read_json, read_jsonl
+from chatlora.reading.streams import PACKED, BadRow, Row, Rows, endings_of, opened
 
-UTF8_BOM = b"\xef\xbb\xbf"
-_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
-_UTF16 = "the file is UTF-16; convert it with: iconv -f UTF-16 -t UTF-8"
-_TOO_DEEP = "lists and objects are nested too deeply to be read; write it flatter"
-_REWRITE = "write the line with a JSON library, or remove it"
-_WHITESPACE = re.compile(r"[ \t\r\n]*")
-
-
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """A row that cannot be read: what was found, and the remedy. `ends`: nothing behind it was read."""
-
-    problem: str
-    ends: bool = False
-
-
-Row = Mapping[str, Any]
-Rows = Iterator[tuple[Row | BadRow, str]]
-
-
-def read_jsonl(path: Path, name: str) -> Rows:
-    """One JSON object a line; places are `name:line`. A byte-order mark and blank lines are no rows and no mistake."""
-    with path.open("rb") as file:
-        first = file.readline().removeprefix(UTF8_BOM)
-        misnamed = _misnamed(first)
-        if misnamed is not None:
-            yield misnamed, f"{name}:1"
-            return
-        for number, line in enumerate(chain([first], file), start=1):
-            if line.strip():
-                yield _parse_line(line), f"{name}:{number}"
-
-
-def _misnamed(first_line: bytes) -> BadRow | None:
-    """What shows in the first line that the file as a whole is not JSON Lines."""
-    if first_line.startswith(_UTF16_BOMS):
-        return BadRow(_UTF16, ends=True)
-    if first_line.strip() == b"{" or first_line.lstrip().startswith(b"["):
-        return BadRow("the file is one indented or listed JSON value, not one object a line; name it .json", ends=True)
-    return None
-
-
-def _parse_line(line: bytes) -> Row | BadRow:
-    if b"\0" in line:
-        return BadRow("NUL bytes, as a crash or a full disk leaves them; write the file again, or remove the line")
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        return BadRow(_not_utf8(line, error))
-    try:
-        return _as_row(_DECODER.decode(text))
-    except json.JSONDecodeError as error:
-        rest = text.rstrip()
-        if error.pos >= len(rest) or error.msg.startswith("Unterminated string"):
-            return BadRow(
-                f"the JSON breaks off after {len(rest)} characters ({error.msg}); "
-                "was the file cut while it was written or copied? Write it again, or remove the line"
-            )
-        if text.startswith("\ufeff"):
-            return BadRow("a byte-order mark stands inside the file, as where files were joined; remove it")
-        return BadRow(f"not JSON at column {error.pos + 1} ({error.msg}): {_around(text, error.pos)!r}; {_REWRITE}")
-    except (ValueError, RecursionError) as error:
-        return BadRow(_unusable(error))
-
-
-def read_json(path: Path, name: str) -> Rows:
-    """A list of rows, an object that holds one list of rows, or objects one after the other.
-
-    Places are `name:line`, with `: row N`, from 1, where a row shares its line with the row before it. The text is held
-    in memory, the rows are not.
-    """
-    raw = path.read_bytes().removeprefix(UTF8_BOM)
-    if raw.startswith(_UTF16_BOMS):
-        yield BadRow(_UTF16, ends=True), f"{name}:1"
-        return
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        yield BadRow(_not_utf8(raw, error), ends=True), f"{name}:{line}"
-        return
-    line, counted = 1, 0
-    for number, (value, begin, end) in enumerate(_json_values(text), start=1):
-        new_lines = text.count("\n", counted, begin)
-        line, counted = line + new_lines, begin
-        key = _key_of_rows(value) if end == len(text) and not text[:begin].strip() else None
-        if key is None:
-            shares_line = number > 1 and not new_lines and not isinstance(value, BadRow)
-            yield _as_row(value), f"{name}:{line}: row {number}" if shares_line else f"{name}:{line}"
-            continue
-        for index, row in enumerate(value[key]):
-            yield _as_row(row), f"{name}: {key}[{index}]"
-
-
-def _json_values(text: str) -> Iterator[tuple[Any, int, int]]:
-    """The values of a list, or those that stand one after the other, with where each begins and where the next does.
-
-    A mistake comes as BadRow and ends the walk: what follows it cannot be told apart.
-    """
-    begin = _skip_whitespace(text, 0)
-    listed = text[begin : begin + 1] == "["
-    end = _skip_whitespace(text, begin + 1) if listed else begin
-    while end < len(text) and not (listed and text[end] == "]"):
-        begin = end
-        try:
-            value, end = _DECODER.raw_decode(text, begin)
-            end = _skip_whitespace(text, end)
-            if listed and text[end : end + 1] not in ("]", ""):
-                end = _skip_comma(text, end)
-        except json.JSONDecodeError as error:
-            yield (
-                BadRow(f"not JSON ({error.msg}): {_around(text, error.pos)!r}; nothing after it was read", ends=True),
-                error.pos,
-                -1,
-            )
-            return
-        except (ValueError, RecursionError) as error:
-            yield BadRow(f"{_unusable(error)}; nothing after it was read", ends=True), begin, -1
-            return
-        yield value, begin, end
-    if listed and end >= len(text):
-        problem = "the list is never closed; was the file cut while it was written or copied? Write it again"
-        yield BadRow(problem, ends=True), end, -1
-    elif listed and _skip_whitespace(text, end + 1) < len(text):
-        yield BadRow("something follows the list; a file holds one list of rows", ends=True), end + 1, -1
-
-
-def _unusable(error: ValueError | RecursionError) -> str:
-    """What is told of JSON that is well formed, and cannot be taken as it is."""
-    if isinstance(error, RecursionError):
-        return _TOO_DEEP
-    if "digits" in str(error):
-        return f"a number of more than {sys.get_int_max_str_digits():,} digits; put it in quotes if it is meant as text"
-    return str(error)
-
-
-def _skip_comma(text: str, position: int) -> int:
-    if text[position] != ",":
-        raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
-    return _skip_whitespace(text, position + 1)
-
-
-def _key_of_rows(value: Any) -> str | None:
-    """The key under which an object that is a whole file holds its rows; None where the object is a row itself."""
-    lists = [key for key, item in value.items() if _is_list_of_objects(item)] if isinstance(value, dict) else []
-    return lists[0] if len(lists) == 1 and lists[0] not in KNOWN_COLUMNS else None
-
-
-def _is_list_of_objects(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+ROWS_AT_A_TIME = 1024  # of a table, as Python's values
 
 
 def read_csv(path: Path, name: str) -> Rows:
     """A header and one row a record, quoted as in RFC 4180; places are the line on which a record begins."""
     csv.field_size_limit(2**31 - 1)  # the default refuses texts over 131,072 characters
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    delimiter = "\t" if endings_of(path)[0] == ".tsv" else ","
+    with TextIOWrapper(opened(path), encoding="utf-8-sig", newline="") as file:
         records = _csv_records(csv.reader(file, delimiter=delimiter, strict=True), name)
         header, place = next(records, ([], name))
         fault = header if isinstance(header, BadRow) else _fault_of_header(header, delimiter)
@@ -224,17 +72,43 @@ def _csv_row(header: list[str], record: list[str]) -> Row | BadRow:
 
 def read_parquet(path: Path, name: str) -> Rows:
     """Places are `name: row N`, from 1."""
-    import pyarrow
     from pyarrow import parquet
 
-    try:
+    def batches() -> Iterator[Any]:
         with parquet.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
-            for number, row in enumerate(rows, start=1):
-                yield without_nulls(row), f"{name}: row {number}"
-    except (pyarrow.ArrowException, OSError) as error:
+            yield from file.iter_batches(batch_size=ROWS_AT_A_TIME)
+
+    return _rows_of(batches(), name, "Parquet")
+
+
+def read_arrow(path: Path, name: str) -> Rows:
+    """Arrow's two formats, that of files (Feather version 2 is it) and that of streams; places are `name: row N`."""
+
+    import pyarrow as pa
+
+    def batches() -> Iterator[Any]:
+        with pa.memory_map(str(path)) as file:
+            magic = file.read(6)
+            file.seek(0)
+            if magic == b"ARROW1":
+                reader = pa.ipc.open_file(file)
+                yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+            else:
+                yield from pa.ipc.open_stream(file)
+
+    return _rows_of(batches(), name, "Arrow")
+
+
+def _rows_of(batches: Iterable[Any], name: str, form: str) -> Rows:
+    import pyarrow as pa
+
+    try:
+        slices = (batch.slice(at, ROWS_AT_A_TIME) for batch in batches for at in range(0, len(batch), ROWS_AT_A_TIME))
+        for number, row in enumerate((row for each in slices for row in each.to_pylist()), start=1):
+            yield without_nulls(row), f"{name}: row {number}"
+    except (pa.ArrowException, OSError) as error:
         found = " ".join(str(error).split())
-        problem = f"not readable as Parquet ({found}); was the file cut while it was copied? Copy it again"
+        problem = f"not readable as {form} ({found}); was the file cut while it was copied? Copy it again"
         yield BadRow(problem, ends=True), name
 
 
@@ -247,48 +121,19 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-READERS: dict[str, Callable[[Path, str], Rows]] = {
+Reader = Callable[[Path, str], Rows]
+STREAMED: dict[str, Reader] = {  # these may be packed
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
     ".tsv": read_csv,
-    ".parquet": read_parquet,
 }
+READERS: dict[str, Reader] = {**STREAMED, ".parquet": read_parquet, ".arrow": read_arrow, ".feather": read_arrow}
+ENDINGS = f"{', '.join(READERS)}; {', '.join(STREAMED)} also with {', '.join(PACKED)} behind"
 
 
-def _object_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {repeated!r} stands twice in one object; keep one of them")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object_of_pairs)
-
-
-def _as_row(value: Any) -> Row | BadRow:
-    if isinstance(value, (dict, BadRow)):
-        return value
-    return BadRow(f"a {type(value).__name__} where a row was expected; a row is an object with named columns")
-
-
-def _skip_whitespace(text: str, position: int) -> int:
-    match = _WHITESPACE.match(text, position)
-    assert match is not None  # the pattern matches the empty string
-    return match.end()
-
-
-def _around(text: str, position: int) -> str:
-    return text[max(0, position - 20) : position + 20]
-
-
-def _not_utf8(raw: bytes, error: UnicodeDecodeError) -> str:
-    problem = f"not UTF-8 (byte 0x{raw[error.start]:02x}, {error.reason})"
-    try:
-        raw.decode("gb18030")
-    except UnicodeDecodeError:
-        return f"{problem}; convert the file to UTF-8"
-    return f"{problem}; it could be GB18030: convert the file with: iconv -f GB18030 -t UTF-8"
+def reader_of(path: Path) -> Reader | None:
+    """What reads a file, by its ending; None where that is none of a data file."""
+    ending, is_packed = endings_of(path)
+    return (STREAMED if is_packed else READERS).get(ending)

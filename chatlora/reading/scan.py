@@ -21,7 +21,7 @@ from chatlora.disk import sha256_of, write_json
 from chatlora.errors import DataError
 from chatlora.progress import track
 from chatlora.reading.conversation import Conversation
-from chatlora.reading.sources import Unread, fingerprint, read_conversations
+from chatlora.reading.sources import Unread, look_at, read_conversations
 
 MAKERS = ("reading", "rendering", "data")  # the folders whose code decides what an example is
 SOURCES = (".py", ".jinja")
@@ -29,11 +29,14 @@ SOURCES = (".py", ".jinja")
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A source with its use (the split of a hub data set that names none) and the sha256 of its contents."""
+    """A source with its use (its split, where it has several and names none), the sha256 of its contents, and which of
+    its parts is read and which are left, with how many files each (0: of the hub)."""
 
     source: Source
     split: str
     sha256: str
+    part: str | None = None
+    left: tuple[tuple[str, int], ...] = ()
 
     @property
     def identity(self) -> list[Any]:
@@ -55,7 +58,8 @@ class Scan:
 
 
 def inputs_of(sources: Sequence[Source], split: str) -> list[Input]:
-    return [Input(source, split, fingerprint(source, split=split)) for source in sources]
+    looks = [(source, *look_at(source, split=split)) for source in sources]
+    return [Input(source, split, sha256, chosen.part, chosen.left) for source, sha256, chosen in looks]
 
 
 def scan(inputs: Sequence[Input], cache_folder: Path, on_bad_row: OnBadRow = "error") -> Scan:

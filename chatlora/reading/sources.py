@@ -17,16 +17,17 @@ from chatlora.embedded_model import EMBEDDED
 from chatlora.errors import DataError, did_you_mean, similar_beside
 from chatlora.hub import why_unreachable
 from chatlora.reading.conversation import Conversation, Message
-from chatlora.reading.files import READERS, BadRow, Rows, without_nulls
+from chatlora.reading.files import ENDINGS, READERS, reader_of, without_nulls
 from chatlora.reading.formats import parse_row
+from chatlora.reading.parts import Chosen, choose, files_in, part_of
+from chatlora.reading.streams import NOT_READ, PACKED, BadRow, Rows, unreadable
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 LEAVE_OUT = "To train without such rows: --data.on_bad_row set_aside, which names each of them in the ledger."
 MOST_PROBLEMS = 10_000  # reading stops after so many mistakes
-ENDINGS = ", ".join(READERS)
-OTHER_ENDINGS = (".txt", ".gz", ".zst", ".xz", ".zip", ".tar", ".arrow", ".xlsx", ".yaml", ".yml", ".md", ".py")
+OTHER_ENDINGS = (".txt", ".zip", ".tar", ".xlsx", ".yaml", ".yml", ".md", ".py")
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(:[\w.-]+)?")
 
 
@@ -87,20 +88,27 @@ def read_conversations(
         raise DataError(*problems, way_on=LEAVE_OUT if any_good and any_to_leave_out else "")
 
 
-def fingerprint(source: Source, *, split: str = "train") -> str:
-    """sha256 over the contents of a source's files (of a hub data set: over its files in the local cache)."""
+def look_at(source: Source, *, split: str = "train") -> tuple[str, Chosen]:
+    """sha256 over the contents of a source's files (of a hub data set: of those in the local cache), and which."""
     digest = hashlib.sha256()
-    files = files_of(source)
-    if files is None:
+    chosen = files_of(source, split)
+    if chosen is None:
+        chosen = _hub_chosen(source, split)
         digest.update((source.split or split).encode())
-        files = [(path, "") for path in _hub_files(_hub_dataset(source, split))]
-    for path, _ in files:
+    for path, _ in chosen.files:
         digest.update(bytes.fromhex(sha256_of(path)))
-    return digest.hexdigest()
+    return digest.hexdigest(), chosen
 
 
-def is_on_hub(source: Source) -> bool:
-    return files_of(source) is None
+def fingerprint(source: Source, *, split: str = "train") -> str:
+    return look_at(source, split=split)[0]
+
+
+def with_split(source: Source, split: str) -> Source:
+    """The source as it is read for this use, whatever it is used for: its part named, where it has several."""
+    chosen = files_of(source, split)
+    part = source.split or split if chosen is None else chosen.part
+    return source.model_copy(update={"split": part})
 
 
 def _stop_at_too_many(problems: list[str]) -> None:
@@ -116,7 +124,8 @@ def _with_system(conversation: Conversation, system: str | None) -> Conversation
 
 def _rows(source: Source, split: str) -> Rows:
     empty = True
-    for row, place in _hub_rows(source, split) if (files := files_of(source)) is None else _file_rows(files):
+    chosen = files_of(source, split)
+    for row, place in _hub_rows(source, split) if chosen is None else _file_rows(chosen.files):
         empty = False
         yield row, place
     if empty:
@@ -125,24 +134,29 @@ def _rows(source: Source, split: str) -> Rows:
 
 def _file_rows(files: list[tuple[Path, str]]) -> Rows:
     for path, name in files:
+        reader = reader_of(path)
+        assert reader is not None  # files_of gives out no others
         try:
-            yield from READERS[path.suffix.lower()](path, name)
-        except OSError as error:
-            yield BadRow(f"cannot be read ({error.strerror or error}); look at its permissions", ends=True), name
+            yield from reader(path, name)
+        except NOT_READ as error:
+            yield unreadable(path, error), name
 
 
-def files_of(source: Source) -> list[tuple[Path, str]] | None:
-    """The files of a source, sorted, each with the name that its places begin with; None for a hub data set."""
+def files_of(source: Source, use: str = "train") -> Chosen | None:
+    """The files of a source, sorted: of several parts the one that its `split` or else its use names.
+
+    None for a data set of the hub.
+    """
     named = source.path
     if named.startswith(EMBEDDED):
-        return [(_embedded_file(named), named)]
+        return Chosen([(_embedded_file(named), named)])
     path = Path(named).expanduser()
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if _is_data(file.relative_to(path)) and file.is_file())
+        found = files_in(path)
     elif path.exists():
-        found = [path]
+        found = [(path, None)]
     elif any(character in named for character in "*?["):
-        found = sorted(file for file in _matching(path) if file.is_file())
+        found = [(file, part_of(Path(file.name))) for file in sorted(_matching(path)) if file.is_file()]
     elif _looks_like_file(named, path):
         hint = similar_beside(path) if path.parent.is_dir() else "; that folder does not exist either"
         raise DataError(f"{named}: no such file or folder under {path.absolute().parent}{hint}")
@@ -150,14 +164,12 @@ def files_of(source: Source) -> list[tuple[Path, str]] | None:
         return None
     if not found:
         raise DataError(f"{named}: no data file is there; files are known by their endings: {ENDINGS}")
-    unknown = [file for file in found if file.suffix.lower() not in READERS]
+    unknown = [file for file, _ in found if reader_of(file) is None]
     if unknown:
         raise DataError(
             *(f"{file}: not a data file that chatlora reads; the endings are {ENDINGS}" for file in unknown)
         )
-    if source.split is not None:
-        raise DataError(f"{named}: `split` ({source.split}) is for data sets of the hub; name the file itself")
-    return [(file, str(file)) for file in found]
+    return choose(named, found, source.split, use)
 
 
 def _embedded_file(named: str) -> Path:
@@ -173,13 +185,9 @@ def _matching(pattern: Path) -> Iterator[Path]:
     return Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
 
 
-def _is_data(path: Path) -> bool:
-    return path.suffix.lower() in READERS and not any(part.startswith(".") for part in path.parts)
-
-
 def _looks_like_file(named: str, path: Path) -> bool:
     """Whether a path that does not exist was meant as one. A hub name is NAME, OWNER/NAME or OWNER/NAME:CONFIG."""
-    if path.suffix.lower() in (*READERS, *OTHER_ENDINGS) or not _HUB_NAME.fullmatch(named):
+    if path.suffix.lower() in (*READERS, *PACKED, *OTHER_ENDINGS) or not _HUB_NAME.fullmatch(named):
         return True
     return "/" in named and path.parent.is_dir()
 
@@ -220,8 +228,13 @@ def _is_cached(name: str) -> bool:
     return name.replace("/", "").replace("_", "").lower() in kept
 
 
-def _hub_files(dataset: "Dataset") -> list[Path]:
-    return [Path(file["filename"]) for file in dataset.cache_files]
+def _hub_chosen(source: Source, split: str) -> Chosen:
+    """The files of a hub data set in the local cache, and the splits that are not read."""
+    dataset, part = _hub_dataset(source, split), source.split or split
+    others = sorted((name, 0) for name in dataset.info.splits or () if name != part)
+    return Chosen(
+        [(Path(file["filename"]), "") for file in dataset.cache_files], part if others else None, tuple(others)
+    )
 
 
 def _one_line(error: Exception) -> str:

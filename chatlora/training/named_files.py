@@ -20,9 +20,9 @@ def refuse_missing_files(config: Config) -> None:
     test = () if isinstance(data.test, float) else data.test
     validation = [source for sources in data.validation_sets.values() for source in sources]
     refuse_missing(
-        *named_rows("data.train", data.train),
-        *named_rows("data.validation", validation),
-        *named_rows("data.test", test),
+        *named_rows("data.train", data.train, "train"),
+        *named_rows("data.validation", validation, "validation"),
+        *named_rows("data.test", test, "test"),
         *named_by_model(config.model),
         *named_adapter("lora.init_from", config.lora.init_from),
     )
@@ -35,8 +35,8 @@ def refuse_missing(*named: Named) -> None:
         raise ConfigError(*problems)
 
 
-def named_rows(setting: str, sources: Sequence[Source]) -> list[Named]:
-    return [(setting, partial(files_of, source)) for source in sources]
+def named_rows(setting: str, sources: Sequence[Source], split: str) -> list[Named]:
+    return [(setting, partial(files_of, source, split)) for source in sources]
 
 
 def named_by_model(model: ModelConfig) -> list[Named]:

@@ -222,6 +222,24 @@ def test_validation_rows_of_their_own(tmp_path: Path) -> None:
     assert told == [(train, 5, 0, 5), (validation, 0, 3, 6)]
 
 
+def test_of_a_folder_with_parts_each_use_takes_its_own_and_says_what_is_left(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for name, rows in {"train": 6, "dev": 3, "test": 2}.items():
+        write_rows(tmp_path / "set" / f"{name}.jsonl", rows, text=name)
+    folder = str(tmp_path / "set")
+    data = prepare(tmp_path, train=folder, validation=folder)
+    assert (data.train.num_rows, data.validation["validation"].num_rows) == (6, 3)
+    told = [line for line in summary_lines(data.ledger) if "parts" in line]
+    assert told == [
+        "  of its parts train is read; left: test (1 file), validation (1 file)",
+        "  of its parts validation is read; left: test (1 file), train (1 file)",
+    ]
+    write_rows(tmp_path / "set" / "eval_2.jsonl", 1)  # what is left is told as it is now, not as it was when rendered
+    again = prepare(tmp_path, train=folder, validation=folder)
+    assert [source["left"]["test"] for source in again.ledger["sources"]] == [2, 2]
+    assert len(folders(tmp_path)) == 2
+
+
 # ---- the cache
 
 

@@ -1,13 +1,19 @@
 """Files of every kind give their rows byte for byte, each with its place; broken ones say where and why."""
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import feather
 
 from chatlora.config import Source
 from chatlora.errors import DataError
@@ -147,7 +153,7 @@ def test_reading_stops_at_very_many_mistakes(here: Path, monkeypatch: pytest.Mon
 
 def write_as(path: Path, texts: list[str]) -> None:
     rows = [{"prompt": text, "completion": text} for text in texts]
-    if path.suffix == ".jsonl":
+    if path.suffix in (".jsonl", ".ndjson"):
         path.write_text(
             "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8", newline=""
         )
@@ -212,6 +218,66 @@ def test_other_broken_files_say_where_and_why(here: Path, name: str, content: by
     (problem,) = problems_of(name)
     assert problem.startswith(place)
     assert said in problem
+
+
+PACKERS: dict[str, Callable[[bytes], Any]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": partial(pa.compress, codec="zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("ending", [".jsonl", ".ndjson", ".json", ".csv", ".tsv"])
+def test_packed_files_give_the_rows_and_places_of_the_plain_ones(here: Path, ending: str, packer: str) -> None:
+    name = f"t{ending}"
+    write_as(here / name, ["a", "你好\n", "x" * 100_000])
+    plain = (here / name).read_bytes()
+    assert plain
+    (here / f"{name}{packer.upper()}").write_bytes(PACKERS[packer](plain))
+    assert read(f"{name}{packer.upper()}") == [
+        (place.replace(name, f"{name}{packer.upper()}"), *row) for place, *row in read(name)
+    ]
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+def test_packed_files_that_break_off_or_are_none_say_so(here: Path, packer: str) -> None:
+    lines = "".join(GOOD.replace('"c"', f'"{number**9}"') + "\n" for number in range(20_000)).encode()
+    name = f"t.jsonl{packer}"
+    for content in (PACKERS[packer](lines)[:20_000], b"nothing packed"):
+        (here / name).write_bytes(content)
+        (problem,) = problems_of(name)
+        assert problem.startswith(f"{name}: cannot be unpacked as {packer} (")
+        assert problem.endswith("was the file cut while it was copied? Copy it again; nothing after this was read")
+
+
+def test_files_that_were_packed_one_behind_the_other_are_read_to_the_end(here: Path) -> None:
+    for packer, pack in PACKERS.items():
+        (here / f"t.jsonl{packer}").write_bytes(b"".join((pack(f"{GOOD}\n".encode())) for _ in range(3)))
+        assert len(read(f"t.jsonl{packer}")) == 3
+
+
+def arrow_bytes(form: str, table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    if form == "feather":
+        feather.write_feather(table, sink, compression="zstd")
+    else:
+        with (pa.ipc.new_stream if form == "stream" else pa.ipc.new_file)(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=700)
+    return bytes(sink.getvalue())
+
+
+@pytest.mark.parametrize("form", ["stream", "file", "feather"])
+def test_arrow_and_feather_files_are_read(here: Path, form: str) -> None:
+    rows = [{"prompt": f"p{number}", "completion": "你"} for number in range(3000)]
+    content = arrow_bytes(form, pa.Table.from_pylist(rows))
+    name = "t.feather" if form == "feather" else "t.arrow"
+    (here / name).write_bytes(content)
+    assert read(name) == [(f"{name}: row {n}", f"p{n - 1}", "你") for n in range(1, 3001)]
+    for broken in (content[: len(content) // 2], b"", b"no arrow at all"):
+        (here / name).write_bytes(broken)
+        assert "not readable as Arrow (" in problems_of(name)[-1]
 
 
 def test_long_csv_fields_are_read(here: Path) -> None:

@@ -73,7 +73,7 @@ def test_paths_that_lead_nowhere_are_told_without_asking_the_hub(here: Path, mon
         assert "no such file or folder" in problems_of(path)[0]
     assert "no data file is there" in problems_of("data/*.csv")[0]
     assert "not a data file that chatlora reads" in problems_of("data/notes.txt")[0]
-    assert "is for data sets of the hub" in problems_of("data/train.jsonl", split="train")[0]
+    assert "is for folders and hub data sets" in problems_of("data/train.jsonl", split="train")[0]
 
 
 def test_where_no_hub_can_be_reached_the_ways_on_are_told() -> None:
