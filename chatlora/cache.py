@@ -1,12 +1,23 @@
 """Where things that can be made again are kept for the user, between runs and outside any run directory."""
 
 import errno
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
+from filelock import FileLock
+
+from chatlora.disk import write_json
 from chatlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Found = TypeVar("Found", bound="DataclassInstance")
 
 
 def cache_root() -> Path:
@@ -39,3 +50,23 @@ def written_cache(folder: Path) -> Iterator[None]:
         raise ConfigError(
             f"the cache folder {folder} cannot be written ({os.strerror(error.errno)}): {remedy}"
         ) from error
+
+
+def found_once(path: Path, form: Callable[..., Found], look: Callable[[], Found]) -> Found:
+    """What `look` finds, a dataclass of plain values, kept in `path`: one process looks while the others wait."""
+
+    def recalled() -> Found | None:
+        try:
+            return form(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):  # not there yet, or broken
+            return None
+
+    found = recalled()
+    if found is not None:
+        return found
+    with written_cache(path.parent), FileLock(f"{path}.lock"):
+        found = recalled()  # another process may have looked while this one waited
+        if found is None:
+            found = look()
+            write_json(path, asdict(found))
+    return found

@@ -21,6 +21,7 @@ from chatlora.config_rows import Sources as Sources
 ScheduleName = Literal["constant", "linear", "cosine"]
 OverLength = Literal["fit", "cut", "drop", "error"]
 OnBadRow = Literal["error", "set_aside"]
+OnLeak = Literal["warn", "drop", "error"]
 Supervise = Literal["all", "last"]
 BestBy = Literal["first", "mean"]
 Style = Literal["chatlora", "chatglm3"]
@@ -70,6 +71,10 @@ class DataConfig(Section):
     )
     on_bad_row: OnBadRow = Field(
         "error", description="rows that cannot be read: error stops, set_aside names them in the ledger and goes on"
+    )
+    on_leak: OnLeak = Field(
+        "warn",
+        description="training rows that share a prompt, or nearly all words, with held-out rows: drop leaves them out",
     )
     supervise: Supervise = Field("all", description="targets: all assistant turns, or the last one")
 
@@ -219,7 +224,11 @@ def trajectory(config: Config) -> dict[str, Any]:
     """
     optim = config.optim
     lengths = {"optim.epochs", "optim.max_steps"} if optim.schedule == "constant" and not optim.warmup_ratio else set()
-    values = _flat(config.as_dict()) | {"data.test": config.data.shares.get("test", 0.0)}  # other rows train nothing
+    values = _flat(config.as_dict())
+    if config.data.on_leak != "drop":
+        values["data.on_leak"] = "warn"  # error is that or no run
+    if config.data.on_leak != "drop" or not config.data.test:  # then test rows that are no training rows alter nothing
+        values["data.test"] = config.data.shares.get("test", 0.0)
     if config.checkpoint.best_by == "first" and len(config.data.validation_sets) > 1:
         values["checkpoint.best_by"] = f"first ({next(iter(config.data.validation_sets))})"
     return {name: value for name, value in values.items() if name not in FREE_SETTINGS | lengths}
@@ -235,7 +244,8 @@ def changed_settings(before: Config, after: Config) -> dict[str, tuple[Any, Any]
     old, new = trajectory(before), trajectory(after)
     changed = [name for name in old if name in new and _absolute(name, new[name]) != _absolute(name, old[name])]
     told = {"data.test": (before.as_dict()["data"]["test"], after.as_dict()["data"]["test"])}
-    return {name: told.get(name, (old[name], new[name])) for name in changed}
+    pairs = {name: told.get(name, (old[name], new[name])) for name in changed}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def with_absolute_paths(config: Config) -> Config:

@@ -23,6 +23,10 @@ class Source(Section):
         {}, description="our column -> the file's, e.g. {prompt: content, completion: summary}"
     )
     repeat: int = Field(1, ge=1, description="how often its training rows are seen in an epoch")
+    group_by: str | None = Field(
+        None,
+        description="a column, e.g. conversation_id: a share never holds out some of the rows that are equal in it",
+    )
     split: str | None = Field(
         None, description="which part of a folder or hub data set; null: train, validation or test by its use"
     )

@@ -32,6 +32,7 @@ OTHER: dict[str, Any] = {
     "data.max_length": 77,
     "data.over_length": "cut",
     "data.on_bad_row": "set_aside",
+    "data.on_leak": "drop",
     "data.supervise": "last",
     "optim.epochs": 7.0,
     "optim.max_steps": 77,

@@ -16,9 +16,11 @@ import numpy as np
 
 from chatlora.config import BestBy, DataConfig, OverLength, Source
 from chatlora.config_rows import UNNAMED
+from chatlora.data.alike import AlikeRows, alike_in, digest_of
+from chatlora.data.drawing import drawn_rows
 from chatlora.data.evaluation_set import EvalSample, prepare_evaluation_data
 from chatlora.data.held_out import held_out_rows
-from chatlora.data.ledger import CUT, REPLIES_LOST, SourceAccount, ledger_of, refuse_lost_sources, summary_lines
+from chatlora.data.ledger import CUT, LEAKS, REPLIES_LOST, SourceAccount, ledger_of, refuse_lost_sources, summary_lines
 from chatlora.data.store import ExampleStore, Stored, built_once, write_examples
 from chatlora.data.workers import Effort, Outcome, Work, num_workers, outcomes
 from chatlora.errors import DataError
@@ -37,8 +39,6 @@ __all__ = [
     "prepare_training_data",
     "summary_lines",
 ]
-
-MIN_ROWS_TO_SPLIT = 50  # below, no share of the rows is held out
 
 Say = Callable[[str], None]
 
@@ -148,24 +148,28 @@ def prepare_training_data(
     stores = [_rendered(group, data, renderer, cache, sum(islice(numbers, len(group))), say) for group in groups]
     refuse_lost_sources([source for store in stores for source in store.record["sources"]])
 
-    drawn = _drawn(stores[0], data.shares, seed, say)
-    trained = ~np.any([np.zeros(len(stores[0]), bool), *drawn.values()], axis=0)
-    held_out = {split: ExampleSet(stores[0], np.flatnonzero(rows)) for split, rows in drawn.items()}
-    named = zip(separate, stores[1:], strict=True)
-    validation = {name: ExampleSet(store, np.arange(len(store))) for name, store in named}
+    by_name = dict(zip(["", *separate], stores, strict=True))
+    rows = stores[0].likenesses()
+    drawn = drawn_rows(rows, data.shares, seed, say)
+    own = {name: store for name, store in by_name.items() if name}
+    alike = alike_in(stores[0], rows, drawn, own, data, cache / "data", say)
+    held_out = {split: ExampleSet(stores[0], stores[0].examples_of(mine)) for split, mine in drawn.items()}
+    validation = {name: ExampleSet(store, np.arange(len(store))) for name, store in own.items()}
     if held_out.get("validation"):
         validation[UNNAMED] = held_out["validation"]
-    by_name = dict(zip(["", *separate], stores, strict=True))
-    accounts = _accounts(stores[0], inputs, ~trained)
+
+    held = np.any([np.zeros(len(rows), bool), *drawn.values()], axis=0)
+    trained = stores[0].examples_of(~held & ~alike.left_out)
+    accounts = _accounts(stores[0], inputs, held, alike)
     for store, group in zip(stores[1:], groups[1:], strict=True):
-        accounts += _accounts(store, group, np.ones(len(store), bool))
+        accounts += _accounts(store, group, np.ones(int((store.turns > 0).sum()), bool))
     return PreparedData(
         train=ExampleSet(stores[0], _repeated(stores[0], trained, data.train)),
         validation=validation,
         held_out=held_out,
         inputs=inputs,
-        ledger=ledger_of(accounts),
-        fingerprint=digest([by_name[name].record["sha256"] for name in sorted(by_name)]),
+        ledger=ledger_of(accounts) | {"alike": alike.told},
+        fingerprint=digest([[by_name[name].record["sha256"] for name in sorted(by_name)], digest_of(trained)]),
         seconds=sum(store.record["seconds"] for store in stores),
         proof_seconds=sum(store.record["proof_seconds"] for store in stores),
         any_reasoning=found.any_reasoning,
@@ -183,7 +187,7 @@ def _rendered(
 
     def build(folder: Path) -> dict[str, Any]:
         accounts = [SourceAccount(each.source.path) for each in inputs]
-        work, effort = Work(renderer, data.max_length, data.over_length, data.supervise), Effort()
+        work, effort = Work(renderer, data.max_length, data.over_length, data.supervise, data.system), Effort()
         unread: list[list[Unread] | None] = [None if data.on_bad_row == "error" else [] for _ in inputs]
         numbered = (
             (number, row)
@@ -221,55 +225,40 @@ def _entered(
             account.note_cut(place, CUT if over_length == "cut" else REPLIES_LOST, lost)
         account.note_altered(rendered.altered)
         for number, example in enumerate(rendered.examples):
-            yield Stored(example, place, source, rendered.turns if number == 0 else 0)
+            first = number == 0
+            yield Stored(example, place, source, rendered.turns if first else 0, outcome.likeness if first else None)
     if problems:
         raise DataError(*problems)
 
 
-# ---- what is held out, what is trained on, what is told
-
-
-def _drawn(store: ExampleStore, shares: Mapping[str, float], seed: int, say: Say) -> dict[str, np.ndarray]:
-    """Split -> bool [N]: the examples of the rows that the seed draws for it; all of a row go the same way.
-
-    The first split's rows are the same whatever the others' shares are.
-    """
-    first_of_row = store.turns > 0
-    num_rows = int(first_of_row.sum())
-    order = np.random.default_rng(seed).permutation(num_rows)
-    drawn = {}
-    for position, (split, share) in enumerate(shares.items()):
-        rows = np.zeros(num_rows, bool)
-        if num_rows < MIN_ROWS_TO_SPLIT:
-            say(f"data.{split}: no rows are held out, there are only {num_rows} (fewer than {MIN_ROWS_TO_SPLIT})")
-        else:
-            others = len(shares) - position  # one row at least for each split that follows, and one to train on
-            number = min(max(1, round(share * num_rows)), len(order) - others)
-            rows[order[:number]] = True
-            order = order[number:]
-        drawn[split] = np.asarray(rows[np.cumsum(first_of_row) - 1])
-    return drawn
+# ---- what is trained on, what is told
 
 
 def _repeated(store: ExampleStore, used: np.ndarray, sources: Sequence[Source]) -> np.ndarray:
     """int64: the positions of the used examples, those of each source as often as its `repeat` says."""
-    parts = [
-        np.tile(np.flatnonzero(used & (store.sources == number)), source.repeat)
-        for number, source in enumerate(sources)
-    ]
+    parts = [np.tile(used[store.sources[used] == number], source.repeat) for number, source in enumerate(sources)]
     return np.concatenate(parts)
 
 
-def _accounts(store: ExampleStore, inputs: Sequence[Input], held_out: np.ndarray) -> list[SourceAccount]:
+def _accounts(
+    store: ExampleStore, inputs: Sequence[Input], held_out: np.ndarray, alike: AlikeRows | None = None
+) -> list[SourceAccount]:
+    """held_out: bool, of each row. Those that leak are set aside behind the others."""
     told = zip(store.record["sources"], inputs, strict=True)
     accounts = [SourceAccount(**source | {"part": each.part, "left": dict(each.left)}) for source, each in told]
-    first_of_row = store.turns > 0
+    left_out = np.zeros_like(held_out) if alike is None else alike.left_out
+    source_of = store.sources[store.turns > 0]
+    for row in map(int, np.flatnonzero(left_out)):
+        assert alike is not None
+        accounts[source_of[row]].put_aside(*store.row_places([row]), LEAKS, alike.into[row])
     for number, account in enumerate(accounts):
-        mine = store.sources == number
-        account.rows_held_out = int((mine & held_out & first_of_row).sum())
-        account.rows_used = int((mine & ~held_out & first_of_row).sum())
-        counted = mine & ~held_out if account.rows_used else mine
+        mine = source_of == number
+        account.rows_held_out = int((mine & held_out).sum())
+        account.rows_used = int((mine & ~held_out & ~left_out).sum())
+        counted = store.examples_of(mine & ~held_out & ~left_out if account.rows_used else mine & ~left_out)
         account.turns = int(store.turns[counted].sum())
         account.targets = int(store.num_targets[counted].sum(dtype=np.int64))
         account.tokens = int(store.lengths[counted].sum(dtype=np.int64))
+    if left_out.any():
+        refuse_lost_sources([asdict(account) for account in accounts])
     return accounts

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from math import inf
 from typing import Any
 
+from chatlora.data.alike import alike_lines
 from chatlora.errors import DataError
 from chatlora.reading.sources import Unread
 from chatlora.rendering.control_text import PRIVATE, READ_AS_CONTROL
@@ -18,6 +19,7 @@ from chatlora.rendering.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTIN
 
 MOST_SET_ASIDE = 0.5  # of a source's rows; beyond, the model and the data do not fit each other
 UNREAD = "the row cannot be read"
+LEAKS = "the row leaks into held-out rows"
 MOST_TOO_LONG = 0.05  # of all replies; beyond, it is a warning
 REPLIES_LOST = "replies beyond max_length are lost"
 CUT = "cut at max_length"
@@ -25,6 +27,7 @@ LIFTED_BY = "lifted_by"
 OTHER_TEMPLATE = "set model.chat_template to a Jinja file that renders such rows, or model.chat_template_kwargs"
 REMEDIES = {  # by how a reason begins
     UNREAD: "mend the rows; data.on_bad_row: error tells all that is wrong with them",
+    LEAKS: "look at what the files share; data.on_leak: warn trains on such rows all the same",
     TOO_LONG: "raise data.max_length, or set data.over_length to fit or cut",
     NO_REPLY_FITS: "raise data.max_length, or set data.over_length to cut",
     NO_TARGET_LEFT: "raise data.max_length",
@@ -163,7 +166,8 @@ def summary_lines(ledger: Mapping[str, Any]) -> list[str]:
         lines += [f"  set aside {reason}" for reason in _counted(source["set_aside"])]
         lines += [f"  not whole: {reason}" for reason in _counted(source["cut"])]
         lines += [f"  in {turns:,} turns {kind} by the chat template" for kind, turns in source["altered"].items()]
-    return lines + ([_told_too_long(ledger)] if ledger["replies_too_long"] else [])
+    lines += [_told_too_long(ledger)] if ledger["replies_too_long"] else []
+    return lines + alike_lines(ledger.get("alike", {}))
 
 
 def _told_left(left: Mapping[str, int]) -> str:

@@ -7,7 +7,7 @@ the others wait, and a folder that is broken is built again.
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ import pyarrow.compute as pc
 from filelock import FileLock
 
 from chatlora.cache import written_cache
+from chatlora.data.likenesses import LIKENESS, Likenesses
 from chatlora.disk import sha256_of, sweep, written_beside
+from chatlora.reading.likeness import Likeness
 from chatlora.rendering.examples import IGNORE_INDEX, Example
 
 ROWS_PER_BATCH = 256  # examples in one record batch: what a lookup divides by
@@ -33,6 +35,7 @@ SCHEMA = pa.schema(
         ("turns", pa.int32()),
         ("length", pa.int32()),
         ("num_targets", pa.int32()),
+        *LIKENESS,
     ]
 )
 
@@ -41,13 +44,14 @@ SCHEMA = pa.schema(
 class Stored:
     """One example with where it comes from: `source` counts the sources from 0.
 
-    `turns` are those of its whole row on the row's first example, and 0 on the others.
+    `turns` are those of its whole row on the row's first example, and 0 on the others; `likeness` is there alone too.
     """
 
     example: Example
     place: str
     source: int
     turns: int
+    likeness: Likeness | None = None
 
 
 class ExampleStore:
@@ -79,6 +83,19 @@ class ExampleStore:
 
     def places(self, indices: Sequence[int] | np.ndarray) -> list[str]:
         return [str(self._cell(index, "place").as_py()) for index in map(int, indices)]
+
+    def likenesses(self) -> Likenesses:
+        """Those of the rows, in file order."""
+        table = pa.Table.from_batches([batch.select(LIKENESS.names) for batch in self._batches], LIKENESS)
+        return Likenesses(table.filter(pa.array(self.turns > 0)), self.row_places)
+
+    def examples_of(self, rows: np.ndarray) -> np.ndarray:
+        """int64: the positions of the examples of some rows, bool by row."""
+        return np.flatnonzero(rows[np.cumsum(self.turns > 0) - 1]) if len(self) else np.zeros(0, np.int64)
+
+    def row_places(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """Where the rows of these numbers stand, from 0."""
+        return self.places(np.flatnonzero(self.turns > 0)[np.asarray(rows, np.int64)])
 
     def _ids(self, index: int, column: str) -> list[int]:
         ids: list[int] = self._cell(index, column).values.to_numpy().tolist()
@@ -140,6 +157,7 @@ def _as_columns(item: Stored) -> dict[str, Any]:
         "turns": item.turns,
         "length": len(item.example.input_ids),
         "num_targets": count_targets(labels),
+        **({} if item.likeness is None else asdict(item.likeness)),
     }
 
 

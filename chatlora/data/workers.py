@@ -14,6 +14,7 @@ from multiprocessing import get_context, parent_process
 from chatlora.config import OverLength, Supervise
 from chatlora.errors import DataError, SetAside
 from chatlora.reading.conversation import Conversation
+from chatlora.reading.likeness import Likeness, likeness_of
 from chatlora.rendering.examples import NothingFits, Rendered
 from chatlora.rendering.remedies import lifted_by
 from chatlora.rendering.renderer import Renderer
@@ -31,7 +32,7 @@ class Outcome:
     """One of three: rendered; set aside, with what SourceAccount.put_aside takes; or a mistake that the user must mend.
 
     too_long: the `max_length` that each reply takes which is lost or cut; None: nobody measured it. seconds: what
-    that took.
+    that took. likeness: of what is rendered.
     """
 
     rendered: Rendered | None = None
@@ -39,6 +40,7 @@ class Outcome:
     problems: tuple[str, ...] = ()
     too_long: tuple[int | None, ...] = ()
     seconds: float = field(default=0.0, compare=False)
+    likeness: Likeness | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class Work:
     max_length: int
     over_length: OverLength
     supervise: Supervise
+    given_system: str | None = None
 
     def timed_outcome(self, conversation: Conversation) -> Outcome:
         began = time.perf_counter()
@@ -66,7 +69,8 @@ class Work:
             return Outcome(set_aside=(reason.reason, reason.detail, lifted))
         except DataError as error:  # over_length: error
             return Outcome(problems=error.problems)
-        return Outcome(rendered, too_long=rendered.too_long)
+        likeness = likeness_of(conversation, self.given_system)
+        return Outcome(rendered, too_long=rendered.too_long, likeness=likeness)
 
 
 @dataclass(slots=True)

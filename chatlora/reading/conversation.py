@@ -39,11 +39,15 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in order, the tools on offer (JSON schemas, as chat templates want them) and where the row stands."""
+    """Messages in order, the tools on offer (JSON schemas, as chat templates want them) and where the row stands.
+
+    group: what the source's `group_by` says of it; rows of one group are held out together.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
     place: str | None = None
+    group: str | None = None
 
     def as_template_input(self) -> list[dict[str, Any]]:
         """The messages as `apply_chat_template` takes them. Absent fields are left out: some templates print `None`."""

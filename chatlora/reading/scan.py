@@ -7,17 +7,15 @@ chat template is told. What it found is kept in the cache, by the contents of th
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from chatlora.cache import written_cache
+from chatlora.cache import found_once
 from chatlora.config import OnBadRow, Source
-from chatlora.disk import sha256_of, write_json
+from chatlora.disk import sha256_of
 from chatlora.errors import DataError
 from chatlora.progress import track
 from chatlora.reading.conversation import Conversation
@@ -43,7 +41,7 @@ class Input:
         """All that its conversations and their places depend on."""
         source = self.source
         columns = sorted(source.columns.items())
-        return [source.path, self.sha256, source.format, columns, source.split or self.split]
+        return [source.path, self.sha256, source.format, columns, source.split or self.split, source.group_by]
 
     def conversations(self, system: str | None = None, set_aside: list[Unread] | None = None) -> Iterator[Conversation]:
         return read_conversations(self.source, system=system, split=self.split, set_aside=set_aside)
@@ -65,23 +63,7 @@ def inputs_of(sources: Sequence[Source], split: str) -> list[Input]:
 def scan(inputs: Sequence[Input], cache_folder: Path, on_bad_row: OnBadRow = "error") -> Scan:
     """Parse every row, or recall what that found. Raises one DataError with all mistakes of all sources."""
     key = digest([code_digest(), on_bad_row, [each.identity for each in inputs]])
-    path = cache_folder / f"scan-{key}.json"
-    found = _recalled(path)
-    if found is not None:
-        return found
-    with written_cache(path.parent), FileLock(f"{path}.lock"):
-        found = _recalled(path)  # another process may have looked while this one waited
-        if found is None:
-            found = _look(inputs, on_bad_row)
-            write_json(path, asdict(found))
-    return found
-
-
-def _recalled(path: Path) -> Scan | None:
-    try:
-        return Scan(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # not there yet, or broken
-        return None
+    return found_once(cache_folder / f"scan-{key}.json", Scan, lambda: _look(inputs, on_bad_row))
 
 
 def _look(inputs: Sequence[Input], on_bad_row: OnBadRow) -> Scan:
@@ -115,4 +97,4 @@ def code_digest() -> str:
     package = Path(__file__).parents[1]
     files = sorted(file for folder in MAKERS for file in (package / folder).rglob("*") if file.suffix in SOURCES)
     own = [[file.name, sha256_of(file)] for file in files]
-    return digest([own, [[name, version(name)] for name in ("transformers", "tokenizers", "jinja2")]])
+    return digest([own, [[name, version(name)] for name in ("transformers", "tokenizers", "jinja2", "rensa")]])

@@ -5,6 +5,7 @@ the network.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -72,6 +73,7 @@ def read_conversations(
         else:
             try:
                 conversation = parse_row(row, format=source.format, columns=source.columns, place=place)
+                conversation = _grouped(conversation, row, source.group_by)
             except DataError as error:
                 found = list(error.problems)
         if found and set_aside is not None and not ends:
@@ -114,6 +116,15 @@ def with_split(source: Source, split: str) -> Source:
 def _stop_at_too_many(problems: list[str]) -> None:
     if len(problems) >= MOST_PROBLEMS:
         raise DataError(*problems, "reading stopped here: too many mistakes")
+
+
+def _grouped(conversation: Conversation, row: Mapping[str, Any], column: str | None) -> Conversation:
+    if column is None:
+        return conversation
+    if row.get(column) is None:
+        hint = did_you_mean(column, row) or f"; the row has {', '.join(row)}"
+        raise DataError(f"{conversation.place}: {column}, which group_by names, is missing or null{hint}")
+    return replace(conversation, group=json.dumps(row[column], sort_keys=True))
 
 
 def _with_system(conversation: Conversation, system: str | None) -> Conversation:

@@ -115,7 +115,7 @@ def test_rows_held_out_of_a_hub_data_set_are_read_from_the_split_they_came_from(
     sources = [HeldOutRows.model_validate(kept)]
     samples, _ = prepare_evaluation_data(sources, PLAIN, max_prompt_length=None, max_new_tokens=64)
     assert sorted(sample.place for sample in samples) == sorted(kept["places"])
-    assert len(samples) == 6
+    assert samples
     assert inputs_of(sources, "test")[0].sha256 == kept["sha256"]
 
 
