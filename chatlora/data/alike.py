@@ -116,17 +116,23 @@ def alike_lines(told: Mapping[str, Any]) -> list[str]:
 
 
 def _leak_lines(leaks: Mapping[str, Any], *, dropped: bool) -> list[str]:
-    remedy = "the {:,} training rows are left out" if dropped else "data.on_leak: drop leaves {:,} training rows out"
+    remedy = "{} left out" if dropped else "data.on_leak: drop leaves {} out"
     start = "" if dropped else "WARNING: "
     return [
-        f"{start}{name} shares with the training rows: {_shared(each)}; {remedy.format(each['training_rows'])}"
+        f"{start}{name} shares with the training rows: {_shared(each)}; "
+        + remedy.format(_number(each["training_rows"], "training row"))
         for name, each in leaks.items()
     ]
 
 
 def _shared(each: Mapping[str, Any]) -> str:
-    near = f", {each['near']:,} rows are nearly the same" if each["near"] else ""
-    return f"the prompts of {each['rows']:,} rows{near} ({_example(each)})"
+    prompts = f"the prompt{'s' * (each['rows'] != 1)} of {_number(each['rows'], 'row')}" if each["rows"] else ""
+    near = f"nearly all words of {_number(each['near'], 'row')}" if each["near"] else ""
+    return f"{' and '.join(filter(None, (prompts, near)))} ({_example(each)})"
+
+
+def _number(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _example(each: Mapping[str, Any]) -> str:
