@@ -303,5 +303,5 @@ def test_groups_of_a_column_are_held_out_whole(tmp_path: Path, clean: list[Pair]
     assert not held_out & trained
     ungrouped = prepare(tmp_path, train=path, validation=0.2)
     assert len(ungrouped.validation["validation"]) != len(held_out) * 5
-    with pytest.raises(DataError, match="which group_by names, is missing.*'conversation_id'"):
+    with pytest.raises(DataError, match=r"which group_by names, is missing.*'conversation_id'"):
         prepare(tmp_path, train=[{"path": path, "group_by": "conversation"}])
