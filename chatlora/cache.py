@@ -3,21 +3,27 @@
 import errno
 import json
 import os
+import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from filelock import FileLock
 
-from chatlora.disk import write_json
+from chatlora.disk import PARTIAL, write_json
 from chatlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Found = TypeVar("Found", bound="DataclassInstance")
+
+GIB = 2**30
+DEFAULT_LIMIT = 20.0  # GiB
+IN_USE = 3600.0  # seconds since a folder was last opened in which nobody removes it
 
 
 def cache_root() -> Path:
@@ -70,3 +76,44 @@ def found_once(path: Path, form: Callable[..., Found], look: Callable[[], Found]
             found = look()
             write_json(path, asdict(found))
     return found
+
+
+def cache_limit() -> int:
+    """`CHATLORA_CACHE_GIB` in bytes, 20 GiB where it is not set: what rendered rows may take."""
+    named = os.environ.get("CHATLORA_CACHE_GIB", "")
+    try:
+        limit = float(named or DEFAULT_LIMIT)
+    except ValueError:
+        limit = -1.0
+    if not 0 <= limit < float("inf"):
+        raise ConfigError(f"CHATLORA_CACHE_GIB is {named!r}; it is a number of GiB, e.g. 20")
+    return int(limit * GIB)
+
+
+def mark_used(file: Path) -> None:
+    """Whoever makes room goes by the time of this file, of which a folder of the cache has one."""
+    with suppress(OSError):  # a cache that cannot be written is not cleared either
+        os.utime(file)
+
+
+def keep_within(limit: int, folder: Path, marker: str, say: Callable[[str], None]) -> None:
+    """Remove folders in `folder`, those first that were opened longest ago, until the rest take no more than `limit`.
+
+    marker: the file in each of them that was marked whenever it was opened. One that was opened within the last hour
+    stays, whatever it takes.
+    """
+    used = sorted((file.stat().st_mtime, file.parent) for file in folder.glob(f"*/{marker}"))
+    sizes = {each: sum(file.stat().st_size for file in each.iterdir()) for _, each in used}
+    excess, freed = sum(sizes.values()) - limit, 0
+    for when, each in used:
+        if excess <= freed or when > time.time() - IN_USE:
+            break
+        with suppress(OSError):  # another process was faster, or it may not be removed
+            going = each.rename(each.with_name(f".{each.name}.{os.getpid()}{PARTIAL}"))  # at once, for whoever opens it
+            shutil.rmtree(going)
+            freed += sizes[each]
+    if freed:
+        say(
+            f"{freed / GIB:.1f} GiB of rendered rows that were not used lately are removed from {folder}, to keep it "
+            f"under {limit / GIB:,.0f} GiB (CHATLORA_CACHE_GIB)"
+        )

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from chatlora.cache import cache_limit, keep_within
 from chatlora.config import BestBy, DataConfig, OverLength, Source
 from chatlora.config_rows import UNNAMED
 from chatlora.data.alike import AlikeRows, alike_in, digest_of
@@ -21,7 +22,7 @@ from chatlora.data.drawing import drawn_rows
 from chatlora.data.evaluation_set import EvalSample, prepare_evaluation_data
 from chatlora.data.held_out import held_out_rows
 from chatlora.data.ledger import CUT, LEAKS, REPLIES_LOST, SourceAccount, ledger_of, refuse_lost_sources, summary_lines
-from chatlora.data.store import ExampleStore, Stored, built_once, write_examples
+from chatlora.data.store import RECORD, ExampleStore, Stored, built_once, write_examples
 from chatlora.data.workers import Effort, Outcome, Work, num_workers, outcomes
 from chatlora.errors import DataError
 from chatlora.progress import track
@@ -146,6 +147,7 @@ def prepare_training_data(
 
     numbers = iter(found.rows)
     stores = [_rendered(group, data, renderer, cache, sum(islice(numbers, len(group))), say) for group in groups]
+    keep_within(cache_limit(), cache / "data", RECORD, say)
     refuse_lost_sources([source for store in stores for source in store.record["sources"]])
 
     by_name = dict(zip(["", *separate], stores, strict=True))

@@ -147,7 +147,8 @@ class _Near:
         whole = np.concatenate([rows.whole for rows in sets.values()])
         self._first = _first_of(whole ^ (self._set_of.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)))
         kept = np.unique(self._first)  # of equal rows of one set the first stands for all
-        pairs = kept[_near_pairs(np.concatenate([rows.sketches() for rows in sets.values()])[kept])]
+        sketches = np.concatenate([rows.sketches() for rows in sets.values()])
+        pairs = kept[_near_pairs(sketches if len(kept) == len(sketches) else sketches[kept])]
         self._pairs = pairs[whole[pairs[:, 0]] != whole[pairs[:, 1]]]
 
     def between(self, one: str, other: str) -> np.ndarray:

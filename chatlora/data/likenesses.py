@@ -60,10 +60,15 @@ class Likenesses:
 
     def sketches(self) -> np.ndarray:
         """uint16 [N, NUM_MINIMA]."""
-        chunks = [
-            np.frombuffer(b"".join(chunk.to_pylist()), np.uint16) for chunk in self._table.column("sketch").chunks
-        ]
+        chunks = [_bytes_of(chunk).view(np.uint16) for chunk in self._table.column("sketch").chunks if len(chunk)]
         return np.concatenate([np.zeros(0, np.uint16), *chunks]).reshape(-1, NUM_MINIMA)
 
     def _column(self, name: str) -> np.ndarray:
         return np.asarray(self._table.column(name).to_numpy())
+
+
+def _bytes_of(chunk: Any) -> np.ndarray:
+    """uint8: what the cells of a binary column hold, one after the other; not copied."""
+    _, offsets, values = chunk.buffers()
+    begin, end = np.frombuffer(offsets, np.int32)[[chunk.offset, chunk.offset + len(chunk)]]
+    return np.frombuffer(values, np.uint8)[begin:end]

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 
-from chatlora.cache import written_cache
+from chatlora.cache import mark_used, written_cache
 from chatlora.data.likenesses import LIKENESS, Likenesses
 from chatlora.disk import sha256_of, sweep, written_beside
 from chatlora.reading.likeness import Likeness
@@ -168,6 +168,7 @@ def count_targets(labels: Sequence[int]) -> int:
 
 def _opened(folder: Path) -> ExampleStore | None:
     """The store, if it is there and every byte of it is as it was written."""
+    mark_used(folder / RECORD)
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if record["sha256"] != sha256_of(folder / EXAMPLES):

@@ -1,6 +1,7 @@
 """All rows are rendered once, split by the seed over rows, found again in the cache, and every one is accounted for."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -289,6 +290,20 @@ def test_a_broken_folder_is_built_again(tmp_path: Path, damage: str) -> None:
             (folder / EXAMPLES).unlink()
     assert prepare(tmp_path, train=path).train.fetch(range(5)) == expected
     assert (folder / EXAMPLES).read_bytes() == content
+
+
+def test_rendered_rows_that_were_not_used_lately_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    old, used = write_rows(tmp_path / "a.jsonl", 5), write_rows(tmp_path / "b.jsonl", 6)
+    for path in (old, used):
+        prepare(tmp_path, train=path)
+    for folder in folders(tmp_path):
+        os.utime(folder / RECORD, (0, 0))
+    monkeypatch.setenv("CHATLORA_CACHE_GIB", "0")
+    data = prepare(tmp_path, said=said, train=used)
+    assert len(folders(tmp_path)) == 1
+    assert "removed from" in said[0]
+    assert len(data.train.fetch(range(6))) == 6
 
 
 # ---- rows that cannot be used
