@@ -137,6 +137,8 @@ def test_the_seed_holds_out_whole_rows(tmp_path: Path, renderer: Renderer) -> No
     assert len(split(0, 0.001)[1]) == 1
     assert len(split(0, 0.999)[0]) == 1
     assert len(folders(tmp_path)) == 1  # another split renders nothing again
+    fingerprints = {prepare(tmp_path, renderer, train=path, validation=share).fingerprint for share in (0.1, 0.1, 0.3)}
+    assert len(fingerprints) == 2  # by which a run knows that it would go on with other rows
 
 
 def test_no_row_is_held_out_of_fewer_than_50(tmp_path: Path) -> None:
