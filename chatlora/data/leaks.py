@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from chatlora.data.likenesses import Likenesses
+from chatlora.data.likenesses import Likenesses, sketches_of
 
 SIMILAR = 0.8
 MINIMA_PER_BAND = 8  # 16 bands of 128 minima: of rows with 0.9 of all in common, one pair in some thousands is missed
@@ -146,9 +146,12 @@ class _Near:
         self._set_of = np.repeat(np.arange(len(sets)), sizes)
         whole = np.concatenate([rows.whole for rows in sets.values()])
         self._first = _first_of(whole ^ (self._set_of.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)))
-        kept = np.unique(self._first)  # of equal rows of one set the first stands for all
-        sketches = np.concatenate([rows.sketches() for rows in sets.values()])
-        pairs = kept[_near_pairs(sketches if len(kept) == len(sketches) else sketches[kept])]
+        kept = self._first == np.arange(len(whole))  # of equal rows of one set the first stands for all
+        chosen = [
+            rows.among(kept[begin:][: len(rows)])
+            for rows, begin in zip(sets.values(), self._starts.values(), strict=True)
+        ]
+        pairs = np.flatnonzero(kept)[_near_pairs(sketches_of(chosen))]
         self._pairs = pairs[whole[pairs[:, 0]] != whole[pairs[:, 1]]]
 
     def between(self, one: str, other: str) -> np.ndarray:

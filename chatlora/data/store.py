@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from filelock import FileLock
 
 from chatlora.cache import mark_used, written_cache
-from chatlora.data.likenesses import LIKENESS, Likenesses
+from chatlora.data.likenesses import COMPARED, LIKENESS, Likenesses
 from chatlora.disk import sha256_of, sweep, written_beside
 from chatlora.reading.likeness import Likeness
 from chatlora.rendering.examples import IGNORE_INDEX, Example
@@ -87,7 +87,8 @@ class ExampleStore:
     def likenesses(self) -> Likenesses:
         """Those of the rows, in file order."""
         table = pa.Table.from_batches([batch.select(LIKENESS.names) for batch in self._batches], LIKENESS)
-        return Likenesses(table.filter(pa.array(self.turns > 0)), self.row_places)
+        rows = table.select(COMPARED).filter(pa.array(self.turns > 0))
+        return Likenesses(rows, table.column("sketch").chunks, self.row_places)
 
     def examples_of(self, rows: np.ndarray) -> np.ndarray:
         """int64: the positions of the examples of some rows, bool by row."""

@@ -16,7 +16,7 @@ from chatlora.data.alike import alike_lines
 from chatlora.data.dataset import PreparedData, prepare_training_data
 from chatlora.data.leaks import Alike, find_alike
 from chatlora.data.ledger import LEAKS
-from chatlora.data.likenesses import Likenesses
+from chatlora.data.likenesses import Likenesses, sketches_of
 from chatlora.errors import DataError
 from chatlora.reading.conversation import Conversation, Message
 from chatlora.reading.likeness import likeness_of
@@ -198,7 +198,7 @@ def test_other_tools_and_other_systems_make_other_prompts_but_the_given_system_m
 def test_rows_that_are_all_alike_cost_no_more_than_others() -> None:
     text = " ".join(f"word{number}" for number in range(200))
     rows = [(f"{text}{number}", "yes") for number in range(3000)]
-    sketches = likenesses(rows, "t").sketches()
+    sketches = sketches_of([likenesses(rows, "t")])
     bands = sketches.shape[1] // leaks.MINIMA_PER_BAND
     pairs = leaks._neighbours(np.zeros(len(rows), np.uint64))
     assert len(pairs) <= (2 + leaks.NEIGHBOURS) * len(rows)
