@@ -242,7 +242,7 @@ def _is_cached(name: str) -> bool:
 def _hub_chosen(source: Source, split: str) -> Chosen:
     """The files of a hub data set in the local cache, and the splits that are not read."""
     dataset, part = _hub_dataset(source, split), source.split or split
-    others = sorted((name, 0) for name in dataset.info.splits or () if name != part)
+    others = sorted((name, 0) for name in dataset.info.splits or () if name != part.split("[")[0])
     return Chosen(
         [(Path(file["filename"]), "") for file in dataset.cache_files], part if others else None, tuple(others)
     )

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, SplitDict, SplitInfo
 
 from chatlora.config import Source
 from chatlora.data.evaluation_set import prepare_evaluation_data
@@ -177,3 +177,16 @@ def test_rows_held_out_of_a_part_are_read_again_from_it(here: Path) -> None:
     (rows,) = read_held_out(here, "test")
     assert rows.split == "train"
     assert [row.place for row in rows.among(read_conversations(rows, split="test"))] == ["set/train.jsonl:2"]
+
+
+def test_of_a_hub_data_set_the_splits_that_are_left_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, subset: str | None, split: str) -> Dataset:
+        found = Dataset.from_list(rows_of(split))
+        found.info.splits = SplitDict({part: SplitInfo(part, num_examples=2) for part in ("train", "test")})
+        return found
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("chatlora.reading.sources.why_unreachable", lambda: None)
+    sources = [Source(path="owner/name"), Source(path="owner/name", split="train[:1]")]
+    told = [(found.part, dict(found.left)) for found in inputs_of(sources, "train")]
+    assert told == [("train", {"test": 0}), ("train[:1]", {"test": 0})]
