@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from peft import PeftModel
+from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,6 +29,7 @@ from chatlora.distributed.memory import not_loaded, out_of_memory_told
 from chatlora.distributed.runtime import Runtime
 from chatlora.distributed.zero3 import layer_by_layer, num_elements, refuse_stacked_experts
 from chatlora.errors import ConfigError, LaunchError, ModelError
+from chatlora.inspection.console import show_one_row
 from chatlora.model.attention import why_not_packed
 from chatlora.model.fingerprint import base_model_fingerprint
 from chatlora.model.loading import (
@@ -109,6 +111,8 @@ def load_data(
     if config.evaluation.after_training and not (test or data.held_out.get("test")):
         reason = "holds out no rows" if config.data.test else "names no rows"
         say(f"evaluation.after_training: there will be none, since data.test {reason}")
+    if runtime.is_main:
+        show_one_row(Console(stderr=True), data.train, tokenizer)
     share = data.proof_seconds / max(data.seconds, 1e-9)
     say(f"rendering took {data.seconds:,.1f} s of work when it was done, {share:.0%} of it to prove the targets exact")
     return (
