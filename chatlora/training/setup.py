@@ -48,6 +48,7 @@ from chatlora.run_directory import RunDirectory
 from chatlora.run_lock import INPUTS, lock_run, refuse_other_inputs, refuse_shorter
 from chatlora.training.checkpoint import refuse_full_disk
 from chatlora.training.schedule import Schedule
+from chatlora.training.template_fit import template_fit
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
 
@@ -213,6 +214,7 @@ def describe_run(
         "init_from": init_fingerprint(config.lora),
     }
     refuse_other_ranks(runtime, environment)
+    environment["template_fit"] = template_fit(adapted, renderer.tokenizer, data, config, runtime, run.say).record()
     batches = loader.batches(config.optim.global_batch_size, config.run.seed)
     first, steps = batches[0], Schedule(config.optim, batches.steps_per_epoch, config.checkpoint.every_steps).num_steps
     run.say(
