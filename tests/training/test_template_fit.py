@@ -82,13 +82,14 @@ def test_means_are_those_of_each_token() -> None:
     logits = model(input_ids=torch.tensor([ids])).logits[0].detach()
     plain = [-float(logits[index].log_softmax(0)[ids[index + 1]]) for index in range(len(ids) - 1)]
     assert losses == pytest.approx(plain, rel=1e-5)
-    assert fit.means["between"] == (pytest.approx(sum(plain[1::2]) / len(plain[1::2]), rel=1e-5), len(plain[1::2]))
+    mean, count = fit.means["between"]
+    assert (mean, count) == pytest.approx((sum(plain[1::2]) / len(plain[1::2]), len(plain[1::2])), rel=1e-5)
     assert TemplateFit({}, {}).lines()[0].startswith("fit of the chat template: not measured")
 
 
 def test_a_look_changes_nothing(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights, gradients, modes and draws are those from before; the run says what was found and keeps it."""
-    looks = []
+    looks: list[bool] = []
 
     def watched(model: torch.nn.Module, *others: object) -> TemplateFit:
         def state() -> list[object]:
