@@ -5,9 +5,15 @@ from typing import Any
 
 from chatlora.data.ledger import counted
 
-# What every good source has. Any other entry that says something is a fault of the rows, until it is named here.
 COUNTS = ("rows_read", "rows_used", "rows_held_out", "turns", "targets", "tokens", "replies")
-HARMLESS = frozenset({"path", "max_length_for_99_percent", *COUNTS})
+# What good rows may have as well. Any other entry that says something is a fault of theirs, until it is named here.
+HARMLESS = frozenset(
+    {
+        *("path", "part", "left", "not_used", "max_length_for_99_percent"),
+        *("duplicates", "near_duplicates", "contradictions", "overlaps", "on_leak"),
+        *COUNTS,
+    }
+)
 EXAMPLES_SHOWN = 5  # of names and places of one kind
 
 
@@ -28,11 +34,15 @@ def faults(ledger: Mapping[str, Any]) -> list[str]:
         f"{source['path']}: {_worded(name)}"
         for source in ledger["sources"]
         for name, value in source.items()
-        if value and name not in HARMLESS
+        if _is_fault(name, value)
     ]
-    return told + [
-        _worded(name) for name, value in _of_all(ledger, alone=True).items() if value and name not in HARMLESS
-    ]
+    return told + [_worded(name) for name, value in _of_all(ledger, alone=True).items() if _is_fault(name, value)]
+
+
+def _is_fault(name: str, value: Any) -> bool:
+    if isinstance(value, Mapping) and name not in HARMLESS:
+        return any(_is_fault(each, below) for each, below in value.items())
+    return bool(value) and name not in HARMLESS
 
 
 def places_named(ledger: Mapping[str, Any]) -> dict[str, str]:
@@ -65,7 +75,7 @@ def _of_all(ledger: Mapping[str, Any], *, alone: bool) -> dict[str, Any]:
 
 def _told(values: Mapping[str, Any], indent: str) -> Iterator[str]:
     for name, value in values.items():
-        if not value and value is not True:
+        if not _says_something(value):
             continue
         word = f"{indent}{_worded(name)}"
         if isinstance(value, Mapping):
@@ -77,6 +87,10 @@ def _told(values: Mapping[str, Any], indent: str) -> Iterator[str]:
             yield f"{word}: {_listed(value)}"
         else:
             yield f"{word}: {_plain(value)}"
+
+
+def _says_something(value: Any) -> bool:
+    return any(map(_says_something, value.values())) if isinstance(value, Mapping) else bool(value)
 
 
 def _has_reasons(value: Any) -> bool:
@@ -92,6 +106,8 @@ def _listed(values: Sequence[Any]) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{_worded(name)} {_plain(each)}" for name, each in value.items())
+    if isinstance(value, list | tuple):
+        return " and ".join(map(_plain, value))
     return f"{value:,}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 

@@ -52,3 +52,13 @@ def test_a_count_that_nobody_has_heard_of_is_shown_and_a_fault() -> None:
     together = {**ledger(), "leaks": [{"place": "a.jsonl:1", "of": "b.jsonl:2"}]}
     assert faults(together) == ["leaks"]
     assert "leaks: 1 (place a.jsonl:1 of b.jsonl:2)" in account_lines(together)
+
+
+def test_what_is_alike_is_shown_and_only_leaks_are_faults() -> None:
+    repeated = {"rows": 2, "examples": [["a.jsonl:1", "a.jsonl:9"]]}
+    alike = {"duplicates": repeated, "contradictions": {"rows": 0}, "leaks": {}, "on_leak": "warn"}
+    found = {**ledger(not_used={"id": 3}), "alike": alike}
+    assert "    examples: 1 (a.jsonl:1 and a.jsonl:9)" in account_lines(found)
+    assert not [line for line in account_lines(found) if "contradictions" in line]
+    assert faults(found) == []
+    assert faults({**found, "alike": {**alike, "leaks": {"test": {"rows": 1}}}}) == ["alike"]

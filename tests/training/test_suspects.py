@@ -1,6 +1,7 @@
 """Suspicious rows: each number is a plain loop's, and rows that were spoilt come first."""
 
 import json
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -127,3 +128,52 @@ def test_the_command_names_spoilt_rows_with_place_and_tokens(
         dispatch(["suspects", str(folder)])
     with pytest.raises(ConfigError, match="is no run directory"):
         dispatch(["suspects", str(tmp_path)])
+
+
+SPOILT = 20
+SPOILT_YAML = """\
+model: {name_or_path: embedded:smollm2-135m-instruct}
+data: {train: rows.jsonl, validation: 0, max_length: 256}
+optim: {max_steps: 50, global_batch_size: 16, learning_rate: 2.0e-3}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_twenty_spoilt_rows_of_two_thousand_are_in_the_first_forty(
+    shared: Path, smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: Callable[[str], None]
+) -> None:
+    """Restaurants of e2e: replies of other rows, replies in Chinese, and replies whose letters are mixed up."""
+    import train
+
+    draw = random.Random(0)
+    lines = (shared / "data" / "e2e.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in draw.sample(lines, 2_000)]
+    spoilt = draw.sample(range(2_000), SPOILT)
+    for number, row in enumerate(spoilt):
+        rows[row]["completion"] = _spoil(rows, row, number % 3, shared, draw)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "my.yaml").write_text(SPOILT_YAML)
+    monkeypatch.chdir(tmp_path)
+    train.main(["my.yaml", "--run.output_dir", "run"])
+    dispatch(["suspects", "run", "--top", "40"])
+    records = [json.loads(line) for line in (tmp_path / "run" / "suspects.jsonl").read_text("utf-8").splitlines()]
+    named = [int(record["place"].rpartition(":")[2]) - 1 for record in records]
+    found = set(named) & set(spoilt)
+    last = 1 + max((position for position, row in enumerate(named) if row in found), default=-1)
+    count(f"{len(found)} of {SPOILT} spoilt rows are among the first 40 of 2,000, the last of them at {last}")
+    assert found == set(spoilt)
+
+
+def _spoil(rows: list[dict[str, str]], row: int, way: int, shared: Path, draw: random.Random) -> str:
+    prompt, reply = rows[row]["prompt"], rows[row]["completion"]
+    if way == 0:  # of another place
+        name = prompt[: prompt.index("]")]
+        return draw.choice([other["completion"] for other in rows if not other["prompt"].startswith(name)])
+    if way == 1:
+        talks = (shared / "data" / "kdconv_travel.jsonl").read_text(encoding="utf-8").splitlines()
+        turns = [turn for turn in json.loads(draw.choice(talks))["conversations"] if turn["role"] == "assistant"]
+        return str(draw.choice(turns)["content"])
+    letters = list(reply)
+    draw.shuffle(letters)
+    return "".join(letters)
