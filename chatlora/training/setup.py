@@ -3,9 +3,7 @@
 import hashlib
 import json
 import platform
-import subprocess
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import chatlora
 from chatlora.cache import cache_root
 from chatlora.config import Config
 from chatlora.config_files import Loaded, config_text
@@ -47,10 +44,9 @@ from chatlora.rendering.renderer import Renderer
 from chatlora.run_directory import RunDirectory
 from chatlora.run_lock import INPUTS, lock_run, refuse_other_inputs, refuse_shorter
 from chatlora.training.checkpoint import refuse_full_disk
+from chatlora.training.environment import environment_of
 from chatlora.training.schedule import Schedule
 from chatlora.training.template_fit import template_fit
-
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
 
 
 def open_run(loaded: Loaded, runtime: Runtime) -> tuple[Config, RunDirectory, bool]:
@@ -273,32 +269,3 @@ def does_not_fit(config: Config, loader: Loader) -> str:
         f"(now {config.optim.max_tokens_per_micro_batch}; no lower than data.max_length, now {config.data.max_length})"
         f"{checkpointing}, or lower data.max_length"
     )
-
-
-def environment_of(runtime: Runtime, renderer: Renderer, data: PreparedData, padded: bool) -> dict[str, Any]:
-    """What this run ran on and with: enough to tell two runs apart."""
-    return {
-        "versions": {
-            "chatlora": chatlora.__version__,
-            "python": platform.python_version(),
-            **{package: version(package) for package in PACKAGES},
-        },
-        "commit": _commit(),
-        "hardware": runtime.hardware(),
-        "engine": runtime.engine,
-        "num_processes": runtime.num_processes,
-        "precision": runtime.precision,
-        "padded": padded,
-        "threads": torch.get_num_threads(),
-        "rendering": renderer.fingerprint,
-        "data": data.fingerprint,
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this code runs from, if it is one."""
-    here = Path(__file__).resolve().parents[2]
-    if not (here / ".git").exists():
-        return None
-    told = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    return told.stdout.strip() or None
