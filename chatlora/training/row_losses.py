@@ -54,12 +54,11 @@ def row_losses(measure: Measure, rows: np.ndarray, source: np.ndarray) -> RowLos
     examples = measure.loader.examples
     progress = Progress("losses", len(examples), unit="tokens", transient=True)
     try:
-        for lot in measure.loader.in_order():
-            for positions in lot.indices:
-                for position, losses in zip(positions, measure.of(positions), strict=True):
-                    adapter = np.asarray(losses.adapter)
-                    sums[:, rows[position]] += len(adapter), adapter.sum(), sum(losses.base), (adapter**2).sum()
-                progress.advance(len(positions), amount=int(examples.lengths[positions].sum()))
+        for positions in [positions for lot in measure.loader.in_order() for positions in lot.indices]:
+            for position, losses in zip(positions, measure.of(positions), strict=True):
+                adapter = np.asarray(losses.adapter)
+                sums[:, rows[position]] += len(adapter), adapter.sum(), sum(losses.base), (adapter**2).sum()
+            progress.advance(len(positions), amount=int(examples.lengths[positions].sum()))
     finally:
         progress.close()
     return RowLosses(source, *sums)
