@@ -33,6 +33,7 @@ def show_lengths(console: Console, lengths: Lengths, data: DataConfig) -> None:
         f"\nlengths of {len(lengths.rows):,} rows, whole: half up to {middle:,} tokens, 95 % up to {most:,}, "
         f"the longest {lengths.rows.max():,}",
         highlight=False,
+        soft_wrap=True,
     )
     bins = lengths.histogram()
     highest = max(rows for _, _, rows in bins)

@@ -108,3 +108,12 @@ def test_what_is_a_config_and_what_are_rows(folder: Path) -> None:
     assert parse(["run"]).loaded.config.data.validation == 0.5
     with pytest.raises(ConfigError, match="one config or one source"):
         parse(["rows.jsonl", "demo"])
+
+
+def test_the_readme_shows_what_is_printed(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^```\n(embedded:demo/train\.jsonl: rows read.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    dispatch(["inspect", "demo", "--row", "4"])
+    told = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    missing = [line for line in shown.splitlines() if line not in [*told, "..."]]
+    assert not missing
