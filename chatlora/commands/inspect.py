@@ -48,22 +48,24 @@ def run(argv: Sequence[str]) -> None:
     from chatlora.inspection.console import show_lengths
     from chatlora.inspection.prepare import inspected
     from chatlora.progress import print_line
+    from chatlora.terminal import harmless, printable
 
     found = inspected(config, print_line)
     console = Console()
     for line in account_lines(found.data.ledger):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), soft_wrap=True)
     show_lengths(console, found.lengths(), config.data)
     show_chosen(found, asked)
     wrong = faults(found.data.ledger)
     if "strict" in asked.switches and wrong:
-        print_line(f"--strict: {'; '.join(wrong)}")
+        print_line(harmless(f"--strict: {'; '.join(wrong)}"))
         sys.exit(1)
 
 
 def parse(argv: Sequence[str]) -> Asked:
     switches = frozenset(name for name in SWITCHES if f"--{name}" in argv)
-    words = split_words([word for word in argv if word.removeprefix("--") not in switches], own=("model", "row"))
+    others = [word for word in argv if word not in {f"--{name}" for name in switches}]
+    words = split_words(others, own=("model", "row"))
     if words.problems:
         raise ConfigError(*words.problems)
     flags = [word for flag, value in words.flags.items() for word in (f"--{flag}", value)]

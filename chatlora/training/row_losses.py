@@ -12,8 +12,8 @@ from chatlora.data.loader import Loader
 from chatlora.distributed.runtime import Runtime
 from chatlora.inspection.prepare import Inspected
 from chatlora.inspection.suspects import RowLosses
-from chatlora.model.attention import PACKED
-from chatlora.model.target_losses import TargetLosses
+from chatlora.model.loss import TargetLoss
+from chatlora.model.target_losses import target_losses
 from chatlora.progress import Progress
 from chatlora.training.setup import token_budget
 
@@ -31,18 +31,15 @@ class Measure:
 
     def __init__(self, model: PeftModel, config: Config, runtime: Runtime, examples: ExampleSet, padded: bool) -> None:
         self.model = model.eval()
-        self.losses = TargetLosses(model, runtime.autocast_dtype)
+        self.loss = TargetLoss(model, packed=not padded, autocast_dtype=runtime.autocast_dtype)
         self.loader = Loader(examples, 0, 1, token_budget(config, runtime.device), padded, runtime.device)
-        model.get_base_model().config.use_cache = False  # with a cache, packed conversations see each other
-        if not padded:
-            model.get_base_model().set_attn_implementation(PACKED)
 
     def of(self, positions: Sequence[int] | np.ndarray) -> list[TokenLosses]:
         """Of the examples there, together in one micro-batch."""
         batch = self.loader.collated(self.loader.examples.fetch(positions))
-        adapter = self.losses(batch)
+        adapter = target_losses(self.loss, batch)
         with self.model.disable_adapter():
-            base = self.losses(batch)
+            base = target_losses(self.loss, batch)
         ends = np.cumsum(self.loader.examples.num_targets[list(positions)])
         starts = [0, *ends[:-1]]
         return [TokenLosses(adapter[a:b], base[a:b]) for a, b in zip(starts, ends, strict=True)]

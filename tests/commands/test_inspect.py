@@ -90,6 +90,18 @@ def test_strict_passes_clean_rows_only(folder: Path, inspect: Inspect, capsys: p
     assert "--strict: rows.jsonl: set aside" in capsys.readouterr().err
 
 
+def test_nothing_that_stands_in_rows_acts_on_the_terminal(folder: Path, inspect: Inspect) -> None:
+    hostile = "\x1b]0;title\x07 \u202e[bold]\r"
+    turns = [("user", hostile), ("assistant", hostile), ("assistant", hostile)]
+    rows = [[dict[str, object](role=role, content=content) for role, content in turns[:n]] for n in (2, 3)]
+    for message in rows[1][1:]:
+        message["loss"] = False
+    (folder / "\x1b[2Jrows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    told = inspect("\x1b[2Jrows.jsonl", "--risky")
+    assert told.count(r"\x1b]0;title\x07 \u202e[bold]\r") >= 4
+    assert {each for each in told if not each.isprintable()} == {"\n"}
+
+
 def test_targets_are_coloured_on_a_terminal(folder: Path, inspect: Inspect, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
