@@ -10,7 +10,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -27,14 +27,16 @@ from chatlora.reading.conversation import Conversation
 from chatlora.rendering.examples import IGNORE_INDEX, Example
 from chatlora.terminal import harmless
 
-MOST_ROWS, MOST_TOKENS = 8, 1_024
+MOST_ROWS, MOST_TOKENS, LONGEST = 8, 1_024, 512  # LONGEST: tokens of one row, all of whose logits exist at a time
+GAPS = 2  # of a row, the first ones: further on the model has learned the template from the row itself
 SHORTEST = 4  # characters of a message: less may be found where it is not meant
 EXPECTED = {"between": 0.5, "end": 10.0, "stop": 10.0}  # nats a token on average; more is told
 FAR_ABOVE = 5.0  # nats of a token that is named
 REMEDY = (
     "the model was hardly trained with this chat template. If it is a chat model, take its own template "
-    "(model.chat_template: null, and the tokenizer of that very model); if it is a base model, the first steps go into "
-    "learning the template, and tokens that it never saw may need lora.target_modules that reach the embeddings"
+    "(model.chat_template: null, and the tokenizer of that very model) or one of its family (embedded:NAME); if it is "
+    "a base model, the first steps go into learning the template, and tokens that it never saw may need "
+    "lora.target_modules that reach the embeddings"
 )
 
 
@@ -126,9 +128,11 @@ def rows_to_measure(tokenizer: Any, data: PreparedData, system: str | None) -> l
     rows: list[Measured] = []
     room = MOST_TOKENS
     for example, conversation in _first_rows(data, system):
-        kinds = kinds_of(tokenizer, example, conversation)[:room]
-        if room > 1 and any(kinds):
-            rows.append(Measured(example.input_ids[:room], kinds))
+        kinds = kinds_of(tokenizer, example, conversation)[: min(room, LONGEST)]
+        while kinds and not kinds[-1]:
+            kinds.pop()
+        if len(kinds) > 1:
+            rows.append(Measured(example.input_ids[: len(kinds)], kinds))
             room -= len(kinds)
     return rows
 
@@ -149,12 +153,12 @@ def _first_rows(data: PreparedData, system: str | None) -> Iterator[tuple[Exampl
 
 def kinds_of(tokenizer: Any, example: Example, conversation: Conversation) -> list[str]:
     """`stop` for the last token of each reply, `end` for that behind another message, `between` for the template's
-    further tokens up to the next message; empty for all that messages say, and for what stands before the first."""
+    further tokens up to the next message; empty for all that messages say, before the first and after a few."""
     texts = token_texts(tokenizer, example.input_ids)
     targets = [label != IGNORE_INDEX for label in example.labels]
     kinds = ["stop" if here and not after else "" for here, after in pairwise([*targets, False])]
     starts = list(accumulate(map(len, texts), initial=0))
-    for begin, end in _gaps("".join(texts), conversation):
+    for begin, end in islice(_gaps("".join(texts), conversation), GAPS):
         first, last = (int(np.searchsorted(starts, edge)) for edge in (begin, end))
         # A token with a part of a message in it is the message's.
         inside = [index for index in range(first, last) if starts[index] + max(1, len(texts[index])) <= end]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from chatlora.reading.formats import parse_row
 from chatlora.rendering.renderer import Renderer
 from chatlora.training import setup
 from chatlora.training.template_fit import EXPECTED, Measured, TemplateFit, fit_of, kinds_of, token_losses
+from tests.engine_runs import environment_of
+from tests.fork_server import ForkServer
 from tests.tiny_models import tiny_llama
 from tests.tiny_tokenizers import tiny_tokenizer
 
@@ -35,10 +38,17 @@ def conversations() -> list[dict[str, object]]:
     return [{"messages": [{"role": r, "content": c} for r, c in zip(roles, row, strict=True)]} for row in ROWS]
 
 
-@pytest.mark.parametrize(("template", "is_foreign"), [(None, False), (GEMMA, True), (LLAMA3, True)])
-def test_a_real_model_knows_its_own_template_only(smollm2: Path, template: str | None, is_foreign: bool) -> None:
+@pytest.fixture(scope="module")
+def real(smollm2: Path) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    return tokenizer, AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize(("template", "is_foreign"), [(None, False), (GEMMA, True), (LLAMA3, True)])
+def test_a_real_model_knows_its_own_template_only(
+    real: tuple[Any, Any], template: str | None, is_foreign: bool
+) -> None:
+    tokenizer, model = real
     renderer = Renderer(tokenizer, chat_template=template)
     rows, losses = [], []
     for each in conversations():
@@ -67,8 +77,8 @@ def test_the_templates_own_tokens_are_told_from_what_messages_say() -> None:
     }
     assert shown == {
         "stop": "<|im_end|><|im_end|>",
-        "end": "<|im_end|><|im_end|>",
-        "between": "\n<|im_start|>assistant\n\n<|im_start|>user\n\n<|im_start|>assistant\n",
+        "end": "<|im_end|>",
+        "between": "\n<|im_start|>assistant\n\n<|im_start|>user\n",  # the third time the row itself has shown it
     }
 
 
@@ -112,3 +122,17 @@ def test_a_look_changes_nothing(run: Callable[..., Path], monkeypatch: pytest.Mo
     kept = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["template_fit"]
     assert kept["between"]["loss"] > 1  # a random model knows no template
     assert kept["stop"]["tokens"] >= 8
+
+
+@pytest.mark.slow
+def test_a_spread_model_is_measured_as_a_whole_one(server: ForkServer, world: Path, tmp_path: Path) -> None:
+    found = []
+    for name, ranks, engine in (("one", 1, None), ("two", 2, "zero3")):
+        argv = [str(world / "my.yaml"), "--run.output_dir", name, "--optim.max_steps", "1"]
+        assert server.run(argv, tmp_path, ranks=ranks, environment=environment_of(engine)) == [0] * ranks
+        environment = json.loads((tmp_path / name / "environment.json").read_text(encoding="utf-8"))
+        assert environment["engine"] == (engine or "single")
+        found.append(environment["template_fit"])
+    assert found[0].keys() == found[1].keys()
+    for kind in EXPECTED:
+        assert found[0][kind] == pytest.approx(found[1][kind], abs=2e-4)
