@@ -13,7 +13,7 @@ PACKAGE = REPOSITORY / "chatlora"
 
 # From the ground up. A room imports from its own layer and from those below it.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "cache", "disk", "hub", "progress", "scripts"}),
+    frozenset({"errors", "cache", "disk", "hub", "progress", "scripts", "terminal"}),
     frozenset({"config", "config_rows", "config_files", "settings", "yaml_text"}),
     frozenset({"checkpoint_names", "run_log", "run_directory", "run_lock", "embedded_model"}),
     frozenset({"reading"}),
@@ -21,6 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"data"}),
     frozenset({"distributed"}),
     frozenset({"model"}),
+    frozenset({"inspection"}),
     frozenset({"chatglm3", "training", "evaluation"}),
     frozenset({"commands", "__init__", "__main__"}),
 )

@@ -21,6 +21,7 @@ FOLDERS = (
     "data",
     "distributed",
     "model",
+    "inspection",
     "chatglm3",
     "training",
     "evaluation",

@@ -131,13 +131,19 @@ class PreparedData:
 
 
 def prepare_training_data(
-    data: DataConfig, seed: int, make_renderer: Callable[[bool], Renderer], *, cache: Path, say: Say
+    data: DataConfig,
+    seed: int,
+    make_renderer: Callable[[bool], Renderer],
+    *,
+    cache: Path,
+    say: Say,
+    refuse_lost: bool = True,
 ) -> PreparedData:
     """Render the rows of `data.train` and `data.validation`, or find them rendered under `cache`.
 
     `make_renderer(any_reasoning)` is called once every row has been parsed. Several processes may call this at once:
-    one of them works, the others wait for its files. Raises DataError with all mistakes in the rows, or where too few
-    of them can be rendered.
+    one of them works, the others wait for its files. Raises DataError with all mistakes in the rows, or, unless
+    `refuse_lost` is false, where too few of them can be rendered.
     """
     inputs = inputs_of(data.train, "train")
     separate = {name: inputs_of(sources, "validation") for name, sources in data.validation_sets.items()}
@@ -148,7 +154,8 @@ def prepare_training_data(
     numbers = iter(found.rows)
     stores = [_rendered(group, data, renderer, cache, sum(islice(numbers, len(group))), say) for group in groups]
     keep_within(cache_limit(), cache / "data", RECORD, say)
-    refuse_lost_sources([source for store in stores for source in store.record["sources"]])
+    if refuse_lost:
+        refuse_lost_sources([source for store in stores for source in store.record["sources"]])
 
     by_name = dict(zip(["", *separate], stores, strict=True))
     rows = stores[0].likenesses()

@@ -133,7 +133,7 @@ def refuse_lost_sources(sources: Sequence[Mapping[str, Any]]) -> None:
         which = f"all {read:,}" if lost == read else f"{lost:,} of {read:,}"
         remedies = {_remedy(one) for one in source["set_aside"]} - {""}
         enough = _fit(source["replies"], source["too_long"])["max_length_for_99_percent"]
-        told = _counted(source["set_aside"])
+        told = counted(source["set_aside"])
         told += [f"max_length {enough:,} keeps 99 % of the replies"] if enough else []
         told += sorted(remedies)
         problems.append(f"{source['path']}: {which} rows were set aside: {'; '.join(told)}")
@@ -163,8 +163,8 @@ def summary_lines(ledger: Mapping[str, Any]) -> list[str]:
         lines += (
             [f"  of its parts {source['part']} is read; left: {_told_left(source['left'])}"] if source["left"] else []
         )
-        lines += [f"  set aside {reason}" for reason in _counted(source["set_aside"])]
-        lines += [f"  not whole: {reason}" for reason in _counted(source["cut"])]
+        lines += [f"  set aside {reason}" for reason in counted(source["set_aside"])]
+        lines += [f"  not whole: {reason}" for reason in counted(source["cut"])]
         lines += [f"  in {turns:,} turns {kind} by the chat template" for kind, turns in source["altered"].items()]
     lines += [_told_too_long(ledger)] if ledger["replies_too_long"] else []
     return lines + alike_lines(ledger.get("alike", {}))
@@ -181,7 +181,7 @@ def _told_too_long(ledger: Mapping[str, Any]) -> str:
     return f"{warning}{lost:,} of {replies:,} replies ({100 * lost / replies:.1f} %) do not fit{remedy}"
 
 
-def _counted(entries: Sequence[Mapping[str, str]]) -> list[str]:
+def counted(entries: Sequence[Mapping[str, str]]) -> list[str]:
     """`12 x the template drops ... (e.g. train.jsonl:7); take ..., which renders 11 of them`, most frequent first."""
     first: dict[str, Mapping[str, str]] = {}
     lifted: dict[str, Counter[str]] = {}

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from chatlora.evaluation.metrics import Scores
 from chatlora.evaluation.predictions import Prediction
+from chatlora.terminal import printable
 
 SAMPLES_SHOWN = 4
 MOST_LINES = 6  # of one cell
@@ -23,7 +24,7 @@ def show_scores(console: Console, scores: Mapping[str, Scores]) -> None:
     table = Table(title=f"scores over {len(scores[names[0]].per_sample):,} samples", title_justify="left")
     table.add_column("measure")
     for name in names:
-        table.add_column(_printable(name), justify="right")
+        table.add_column(printable(name), justify="right")
     if len(names) > 1:
         table.add_column("gain", justify="right")
     for measure in scores[names[0]].values:
@@ -41,7 +42,7 @@ def show_samples(console: Console, predictions: Mapping[str, Sequence[Prediction
     for index in sorted({count * place // SAMPLES_SHOWN for place in range(SAMPLES_SHOWN)}):
         sample = predictions[names[0]][index]
         place = f"sample {sample.id}" + ("" if sample.turn is None else f", turn {sample.turn}")
-        table = Table(title=_printable(place), title_justify="left", show_header=False, show_lines=True)
+        table = Table(title=printable(place), title_justify="left", show_header=False, show_lines=True)
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         references = [sample.reference] if isinstance(sample.reference, str) else sample.reference
@@ -50,7 +51,7 @@ def show_samples(console: Console, predictions: Mapping[str, Sequence[Prediction
         rows |= {name: predictions[name][index].prediction for name in names}
         for label, text in rows.items():
             if text is not None:
-                table.add_row(_printable(label), Excerpt(text, from_end=label == "prompt"))
+                table.add_row(printable(label), Excerpt(text, from_end=label == "prompt"))
         console.print(table)
 
 
@@ -76,9 +77,4 @@ class Excerpt:
         cut = text[-LONGEST_TEXT:] if self.from_end else text[:LONGEST_TEXT]
         if len(cut) < len(text):
             cut = "..." + cut if self.from_end else cut + "..."
-        return _printable(cut) if text else Text("(empty)", style="dim")
-
-
-def _printable(text: str) -> Text:
-    # A Text, since rich would read [bold] in a model's answer as markup; and no terminal can show a lone surrogate.
-    return Text(text.encode("utf-8", "replace").decode("utf-8"))
+        return printable(cut) if text else Text("(empty)", style="dim")

@@ -3,19 +3,17 @@
 import hashlib
 import json
 import platform
-import subprocess
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
 from peft import PeftModel
+from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import chatlora
 from chatlora.cache import cache_root
 from chatlora.config import Config
 from chatlora.config_files import Loaded, config_text
@@ -28,6 +26,7 @@ from chatlora.distributed.memory import not_loaded, out_of_memory_told
 from chatlora.distributed.runtime import Runtime
 from chatlora.distributed.zero3 import layer_by_layer, num_elements, refuse_stacked_experts
 from chatlora.errors import ConfigError, LaunchError, ModelError
+from chatlora.inspection.console import show_one_row
 from chatlora.model.attention import why_not_packed
 from chatlora.model.fingerprint import base_model_fingerprint
 from chatlora.model.loading import (
@@ -45,9 +44,9 @@ from chatlora.rendering.renderer import Renderer
 from chatlora.run_directory import RunDirectory
 from chatlora.run_lock import INPUTS, lock_run, refuse_other_inputs, refuse_shorter
 from chatlora.training.checkpoint import refuse_full_disk
+from chatlora.training.environment import environment_of
 from chatlora.training.schedule import Schedule
-
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
+from chatlora.training.template_fit import template_fit
 
 
 def open_run(loaded: Loaded, runtime: Runtime) -> tuple[Config, RunDirectory, bool]:
@@ -109,6 +108,8 @@ def load_data(
     if config.evaluation.after_training and not (test or data.held_out.get("test")):
         reason = "holds out no rows" if config.data.test else "names no rows"
         say(f"evaluation.after_training: there will be none, since data.test {reason}")
+    if runtime.is_main:
+        show_one_row(Console(stderr=True), data.train, tokenizer)
     share = data.proof_seconds / max(data.seconds, 1e-9)
     say(f"rendering took {data.seconds:,.1f} s of work when it was done, {share:.0%} of it to prove the targets exact")
     return (
@@ -209,6 +210,7 @@ def describe_run(
         "init_from": init_fingerprint(config.lora),
     }
     refuse_other_ranks(runtime, environment)
+    environment["template_fit"] = template_fit(adapted, renderer.tokenizer, data, config, runtime, run.say).record()
     batches = loader.batches(config.optim.global_batch_size, config.run.seed)
     first, steps = batches[0], Schedule(config.optim, batches.steps_per_epoch, config.checkpoint.every_steps).num_steps
     run.say(
@@ -267,32 +269,3 @@ def does_not_fit(config: Config, loader: Loader) -> str:
         f"(now {config.optim.max_tokens_per_micro_batch}; no lower than data.max_length, now {config.data.max_length})"
         f"{checkpointing}, or lower data.max_length"
     )
-
-
-def environment_of(runtime: Runtime, renderer: Renderer, data: PreparedData, padded: bool) -> dict[str, Any]:
-    """What this run ran on and with: enough to tell two runs apart."""
-    return {
-        "versions": {
-            "chatlora": chatlora.__version__,
-            "python": platform.python_version(),
-            **{package: version(package) for package in PACKAGES},
-        },
-        "commit": _commit(),
-        "hardware": runtime.hardware(),
-        "engine": runtime.engine,
-        "num_processes": runtime.num_processes,
-        "precision": runtime.precision,
-        "padded": padded,
-        "threads": torch.get_num_threads(),
-        "rendering": renderer.fingerprint,
-        "data": data.fingerprint,
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this code runs from, if it is one."""
-    here = Path(__file__).resolve().parents[2]
-    if not (here / ".git").exists():
-        return None
-    told = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    return told.stdout.strip() or None
