@@ -195,7 +195,7 @@ def _near_pairs(sketches: np.ndarray, set_of: np.ndarray) -> np.ndarray:
 
 
 def _not_among(values: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """The values, sorted, each once, that are not in `found`, sorted too. Numpy's own sets are slow with such numbers."""
+    """The values, sorted, each once, that are not in `found`, sorted too; numpy's own sets are slow with such ones."""
     values = np.sort(values)
     values = values[np.concatenate([[True], values[1:] != values[:-1]])[: len(values)]]
     at = np.searchsorted(found, values)
