@@ -16,6 +16,7 @@ from chatlora.data.likenesses import Likenesses, sketches_of
 SIMILAR = 0.8
 MINIMA_PER_BAND = 8  # 16 bands of 128 minima: of rows with 0.9 of all in common, one pair in some thousands is missed
 NEIGHBOURS = 2  # in a band, beside its first and its last row
+ENOUGH = 8  # near rows of one row, of its own set and of others: beyond, only those with fewer find more
 PAIRS_AT_A_TIME = 1 << 16
 EXAMPLES = 10  # of each kind, in the ledger
 
@@ -151,7 +152,7 @@ class _Near:
             rows.among(kept[begin:][: len(rows)])
             for rows, begin in zip(sets.values(), self._starts.values(), strict=True)
         ]
-        pairs = np.flatnonzero(kept)[_near_pairs(sketches_of(chosen))]
+        pairs = np.flatnonzero(kept)[_near_pairs(sketches_of(chosen), self._set_of[kept])]
         self._pairs = pairs[whole[pairs[:, 0]] != whole[pairs[:, 1]]]
 
     def between(self, one: str, other: str) -> np.ndarray:
@@ -171,16 +172,34 @@ class _Near:
         return np.stack([equal, pairs[at[np.searchsorted(rows, self._first[equal])], 1]], axis=1)
 
 
-def _near_pairs(sketches: np.ndarray) -> np.ndarray:
-    """int64 [P, 2]: pairs (a, b), a < b, that agree in a band and are similar over all."""
+def _near_pairs(sketches: np.ndarray, set_of: np.ndarray) -> np.ndarray:
+    """int64 [P, 2]: pairs (a, b), a < b, that agree in a band and are similar over all.
+
+    No more are looked for between two rows that both have `ENOUGH`, of their own set or of others as these two.
+    """
     size, found = max(1, len(sketches)), np.zeros(0, np.int64)
+    partners = np.zeros((2, len(sketches)), np.int64)  # how many each row has of its own set, and of others
     for begin in range(0, sketches.shape[1], MINIMA_PER_BAND):
         band = np.ascontiguousarray(sketches[:, begin : begin + MINIMA_PER_BAND]).view(np.uint64)
         pairs = _neighbours(band[:, 0] * np.uint64(0x9E3779B97F4A7C15) ^ band[:, 1] * np.uint64(0xC2B2AE3D27D4EB4F))
-        new = np.setdiff1d(pairs[:, 0] * size + pairs[:, 1], found)
+        kinds = (set_of[pairs[:, 0]] != set_of[pairs[:, 1]]).astype(np.int64)
+        pairs = pairs[(partners[kinds[:, None], pairs] < ENOUGH).any(axis=1)]
+        new = _not_among(pairs[:, 0] * size + pairs[:, 1], found)
         similar = [_similar(sketches, new[at : at + PAIRS_AT_A_TIME]) for at in range(0, len(new), PAIRS_AT_A_TIME)]
-        found = np.union1d(found, np.concatenate([found, *similar]))
+        a, b = np.divmod(np.concatenate([found[:0], *similar]), size)
+        for kind in (0, 1):
+            of_kind = (set_of[a] != set_of[b]) == bool(kind)
+            partners[kind] += np.bincount(np.concatenate([a[of_kind], b[of_kind]]), minlength=len(sketches))
+        found = np.sort(np.concatenate([found, a * size + b]))
     return np.stack(np.divmod(found, size), axis=1)
+
+
+def _not_among(values: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """The values, sorted, each once, that are not in `found`, sorted too; numpy's own sets are slow with such ones."""
+    values = np.sort(values)
+    values = values[np.concatenate([[True], values[1:] != values[:-1]])[: len(values)]]
+    at = np.searchsorted(found, values)
+    return np.asarray(values[np.append(found, -1)[at] != values])
 
 
 def _similar(sketches: np.ndarray, pairs: np.ndarray) -> np.ndarray:

@@ -199,10 +199,10 @@ def test_rows_that_are_all_alike_cost_no_more_than_others() -> None:
     text = " ".join(f"word{number}" for number in range(200))
     rows = [(f"{text}{number}", "yes") for number in range(3000)]
     sketches = sketches_of([likenesses(rows, "t")])
-    bands = sketches.shape[1] // leaks.MINIMA_PER_BAND
     pairs = leaks._neighbours(np.zeros(len(rows), np.uint64))
     assert len(pairs) <= (2 + leaks.NEIGHBOURS) * len(rows)
-    assert len(leaks._near_pairs(sketches)) <= bands * (2 + leaks.NEIGHBOURS) * len(rows)
+    found = leaks._near_pairs(sketches, np.zeros(len(rows), np.int64))
+    assert len(found) <= (leaks.ENOUGH + 2 + leaks.NEIGHBOURS) * len(rows)
     assert found_in(rows).near_duplicates["rows"] == len(rows) - 1
 
 
