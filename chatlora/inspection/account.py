@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from chatlora.data.alike import alike_lines
 from chatlora.data.ledger import counted
 
 COUNTS = ("rows_read", "rows_used", "rows_held_out", "turns", "targets", "tokens", "replies")
@@ -25,7 +26,8 @@ def account_lines(ledger: Mapping[str, Any]) -> list[str]:
         lines.append(f"{source['path']}: {', '.join(counts)}")
         rest = {name: value for name, value in source.items() if name not in ("path", *COUNTS)}
         lines += _told(rest, "  ")
-    return lines + list(_told(_of_all(ledger, alone=len(ledger["sources"]) == 1), ""))
+    rest = _of_all(ledger, alone=len(ledger["sources"]) == 1)
+    return [*lines, *alike_lines(rest.pop("alike", {})), *_told(rest, "")]
 
 
 def faults(ledger: Mapping[str, Any]) -> list[str]:

@@ -118,7 +118,10 @@ def test_a_stop_that_is_an_exception_like_others_is_caught(server: ForkServer, a
     ordinary = "from chatlora.distributed import signals\nclass Stopped(Exception): exit_status = 75\n"
     ordinary += "signals.Stopped = Stopped"
     mine: dict[str, Any] = {"environment": {"CHATLORA_CACHE": str(tmp_path / "cache")}}
-    assert server.run(argv, tmp_path, at=At("SIGTERM", RENDERS, 20), broken=ordinary, **mine) != [75]
+    server.run(argv, tmp_path, at=At("SIGTERM", RENDERS, 20), broken=ordinary, **mine)
+    assert read_status(tmp_path / "run")["step"] > 0
+    (account,) = json.loads((tmp_path / "run" / "ledger.json").read_text())["sources"]
+    assert account["set_aside"]
 
 
 DROPS = f"""

@@ -55,10 +55,13 @@ def test_a_count_that_nobody_has_heard_of_is_shown_and_a_fault() -> None:
 
 
 def test_what_is_alike_is_shown_and_only_leaks_are_faults() -> None:
-    repeated = {"rows": 2, "examples": [["a.jsonl:1", "a.jsonl:9"]]}
-    alike = {"duplicates": repeated, "contradictions": {"rows": 0}, "leaks": {}, "on_leak": "warn"}
+    repeated, none = {"rows": 2, "examples": [["a.jsonl:1", "a.jsonl:9"]]}, {"rows": 0, "prompts": 0, "examples": []}
+    alike: dict[str, Any] = {"duplicates": repeated, "near_duplicates": none, "contradictions": none}
+    alike |= {"leaks": {}, "overlaps": {}, "on_leak": "warn"}
     found = {**ledger(not_used={"id": 3}), "alike": alike}
-    assert "    examples: 1 (a.jsonl:1 and a.jsonl:9)" in account_lines(found)
-    assert not [line for line in account_lines(found) if "contradictions" in line]
+    told = [line for line in account_lines(found) if "a.jsonl:9" in line]
+    assert len(told) == 1
+    assert told[0].startswith("2 training rows repeat an earlier one")
+    assert not [line for line in account_lines(found) if "several answers" in line]
     assert faults(found) == []
     assert faults({**found, "alike": {**alike, "leaks": {"test": {"rows": 1}}}}) == ["alike"]

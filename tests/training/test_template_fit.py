@@ -101,17 +101,17 @@ def test_a_look_changes_nothing(run: Callable[..., Path], monkeypatch: pytest.Mo
     """Weights, gradients, modes and draws are those from before; the run says what was found and keeps it."""
     looks: list[bool] = []
 
-    def watched(model: torch.nn.Module, *others: object) -> TemplateFit:
-        def state() -> list[object]:
+    def watched(model: torch.nn.Module, *others: Any) -> TemplateFit:
+        def state() -> list[Any]:
             grads = [parameter.grad is None and parameter.requires_grad for parameter in model.parameters()]
             weights = [value.clone() for value in model.state_dict().values()]
             return [torch.get_rng_state(), grads, [module.training for module in model.modules()], weights]
 
         before = state()
-        fit = real(model, *others)  # type: ignore[arg-type]
+        fit: TemplateFit = real(model, *others)
         after = state()
-        looks.append(all(torch.equal(one, other) for one, other in zip(before[3], after[3], strict=True)))  # type: ignore[call-overload]
-        looks.append(torch.equal(before[0], after[0]))  # type: ignore[arg-type]
+        looks.append(all(torch.equal(one, other) for one, other in zip(before[3], after[3], strict=True)))
+        looks.append(torch.equal(before[0], after[0]))
         looks.append(before[1:3] == after[1:3])
         return fit
 
