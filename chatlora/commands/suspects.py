@@ -9,12 +9,14 @@ from typing import Any
 
 from chatlora.distributed.signals import StopSignals
 
+NUMBERS = ("suspicion", "loss", "usual_loss", "loss_behind_other_prompts", "base_loss")
+
 
 def run(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="chatlora suspects",
-        description="Rank a finished run's training rows by how their loss under the adapter stands against the base "
-        "model's and against their source's. Writes RUN/suspects.jsonl, the most suspicious row first.",
+        description="Rank a finished run's training rows. Suspicious is a loss under the adapter that is high beside "
+        "the other rows of its source, and hardly higher behind other rows' prompts. Writes RUN/suspects.jsonl.",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="a run directory with its adapter/")
     parser.add_argument("--top", metavar="N", type=int, default=40, help="how many rows are named (40)")
@@ -40,12 +42,12 @@ def show(records: Sequence[Mapping[str, Any]]) -> None:
     from chatlora.terminal import printable
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("suspicion", "loss", "usual", "base", "row", "worst tokens"):
+    for column in ("suspicion", "loss", "usual", "other prompts", "base", "row", "worst tokens"):
         is_text = column in ("row", "worst tokens")
         table.add_column(column, justify="left" if is_text else "right", overflow="fold" if is_text else "ellipsis")
     for record in records:
         worst = [token["token"].replace("\n", "↵") for token in record["worst_tokens"]]
-        numbers = [record[name] for name in ("suspicion", "loss", "usual_loss", "base_loss")]
+        numbers = [record[name] for name in NUMBERS]
         table.add_row(
             f"{numbers[0]:.1f}",
             *(f"{number:.2f}" for number in numbers[1:]),

@@ -1,8 +1,10 @@
 """Training rows that the adapter knows worse than their kin: mislabelled, foreign or garbled ones, most likely.
 
-Two numbers of a row, in nats a target: its loss under the adapter, and what is left of the base's loss (their ratio). A
-row whose reply does not belong to its prompt keeps its loss where others lose most of theirs. Each is measured in
-standard deviations from the median of the row's source, wider for rows of few targets; the sum of both ranks.
+Two numbers of a row: its loss a target under the adapter, and how much of the loss behind other rows' prompts is left
+behind its own. A reply that does not belong to its prompt is as likely behind any other. Each is measured in standard
+deviations from the median of the row's source, wider for rows of few targets; the row is suspicious by their sum.
+(Estimated from 165 rows of 2,000, 20 of them spoilt: by the loss alone 14 are among the first 40, 13 with what is left
+of the base's loss, 20 with what is left of the loss behind two other prompts.)
 """
 
 from dataclasses import dataclass
@@ -16,13 +18,13 @@ LEAST_SPREAD = 1e-3
 
 @dataclass(frozen=True)
 class RowLosses:
-    """N rows. source: int [N]; count: targets; adapter, base: summed losses in nats; squares: of the adapter's losses
-    a target, summed."""
+    """N rows. source: int [N]; count: targets; adapter, swapped: summed losses in nats, behind the own prompt and
+    behind another row's; squares: of the adapter's losses a target, summed."""
 
     source: np.ndarray
     count: np.ndarray
     adapter: np.ndarray
-    base: np.ndarray
+    swapped: np.ndarray
     squares: np.ndarray
 
     @property
@@ -31,8 +33,8 @@ class RowLosses:
 
     @property
     def left(self) -> np.ndarray:
-        """What is left of the base's loss."""
-        return np.asarray(self.adapter / np.maximum(self.base, LEAST_SPREAD))
+        """What is left behind the own prompt of the loss behind another one."""
+        return np.asarray(self.adapter / np.maximum(self.swapped, LEAST_SPREAD))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from chatlora.inspection.suspects import most_suspicious, suspicion
 from chatlora.inspection.tokens import token_texts
 from chatlora.model.folder import find_adapter
 from chatlora.model.loading import load_adapter, load_base_model
+from chatlora.rendering.examples import IGNORE_INDEX
 from chatlora.run_lock import INPUTS
 from chatlora.training.row_losses import Measure, row_losses, rows_trained_on
 from chatlora.training.setup import does_not_fit, is_padded
@@ -55,10 +56,9 @@ def find_suspects(run: Path, config: Config, runtime: Runtime, top: int, say: Sa
                 "place": found.rows.place(numbers[row]),
                 "suspicion": round(float(ranked.score[row]), 3),
                 "loss": round(float(losses.loss[row]), 4),
-                "base_loss": round(float(losses.base[row] / losses.count[row]), 4),
                 "usual_loss": round(float(ranked.usual[row]), 4),
-                "targets": int(losses.count[row]),
-                "worst_tokens": worst_tokens(measure, np.flatnonzero(rows == row), found.tokenizer),
+                "loss_behind_other_prompts": round(float(losses.swapped[row] / losses.count[row]), 4),
+                **under_base_and_worst(measure, np.flatnonzero(rows == row), found.tokenizer),
             }
             for row in most_suspicious(ranked, top)
         ]
@@ -77,14 +77,19 @@ def refuse_other_rows(run: Path, found: Inspected) -> None:
         )
 
 
-def worst_tokens(measure: Measure, positions: np.ndarray, tokenizer: Any) -> list[dict[str, Any]]:
-    """Of a row's examples, the targets that the adapter expects least."""
-    tokens = []
-    for position in map(int, positions):
-        (example,), (losses,) = measure.loader.examples.fetch([position]), measure.of([position])
+def under_base_and_worst(measure: Measure, positions: np.ndarray, tokenizer: Any) -> dict[str, Any]:
+    """Of a row's examples: the base's loss, the number of targets, and those that the adapter expects least."""
+    tokens: list[tuple[float, float, str]] = []
+    for example in measure.loader.examples.fetch(positions):
+        (adapter,), (base,) = measure.of([example]), measure.under_base([example])
         texts = token_texts(tokenizer, example.input_ids)
-        targets = [index for index, label in enumerate(example.labels) if index and label == example.input_ids[index]]
-        for index, loss, base in zip(targets, losses.adapter, losses.base, strict=True):
-            token = {"token": texts[index], "loss": round(loss, 2), "base_loss": round(base, 2)}
-            tokens.append(token)
-    return sorted(tokens, key=lambda token: -float(str(token["loss"])))[:WORST_TOKENS]
+        targets = [index for index, label in enumerate(example.labels) if index and label != IGNORE_INDEX]
+        tokens += zip(adapter, base, [texts[index] for index in targets], strict=True)
+    worst = sorted(tokens, reverse=True)[:WORST_TOKENS]
+    return {
+        "base_loss": round(sum(base for _, base, _ in tokens) / len(tokens), 4),
+        "targets": len(tokens),
+        "worst_tokens": [
+            {"token": text, "loss": round(loss, 2), "base_loss": round(base, 2)} for loss, base, text in worst
+        ],
+    }

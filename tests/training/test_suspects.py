@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ from chatlora.errors import ConfigError
 from chatlora.inspection.prepare import inspected
 from chatlora.inspection.suspects import RowLosses, most_suspicious, suspicion
 from chatlora.model.loading import load_adapter, load_base_model
-from chatlora.training.row_losses import Measure, row_losses, rows_trained_on
+from chatlora.rendering.examples import Example
+from chatlora.training.row_losses import Measure, others_of, row_losses, rows_trained_on, with_prompt_of
 
 Run = Callable[..., Path]
 
 
-def losses_of(loss: np.ndarray, base: np.ndarray, count: np.ndarray, source: np.ndarray | None = None) -> RowLosses:
+def losses_of(loss: np.ndarray, swapped: np.ndarray, count: np.ndarray, source: np.ndarray | None = None) -> RowLosses:
     squares = count * (loss**2 + 0.5)  # tokens deviate by 0.7 within a row
-    return RowLosses(np.zeros(len(loss), int) if source is None else source, count, loss * count, base * count, squares)
+    return RowLosses(
+        np.zeros(len(loss), int) if source is None else source, count, loss * count, swapped * count, squares
+    )
 
 
 def drawn(rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -33,11 +36,13 @@ def drawn(rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return draw.normal(1.0, 0.1, rows), draw.normal(3.0, 0.1, rows), np.full(rows, 30)
 
 
-def test_a_row_that_keeps_its_loss_comes_first_whatever_the_base_thinks_of_it() -> None:
-    loss, base, count = drawn(200)
-    loss[7] = 1.9  # a reply of another prompt: as likely as others to the base
-    loss[8], base[8] = 5.0, 7.0  # garbled: the adapter gained as much on it as on others
-    assert most_suspicious(suspicion(losses_of(loss, base, count)), 2) == [8, 7]
+def test_a_reply_that_its_prompt_does_not_help_comes_first_whatever_its_loss() -> None:
+    loss, swapped, count = drawn(200)
+    loss[7] = swapped[7] = 1.2  # a reply of another prompt, likely by itself
+    loss[8] = swapped[8] = 5.0  # garbled
+    assert most_suspicious(suspicion(losses_of(loss, swapped, count)), 2) == [8, 7]
+    blind = suspicion(losses_of(loss, loss * 3, count))  # all prompts alike: the likely one is one of many
+    assert most_suspicious(blind, 2)[1] != 7
 
 
 def test_a_row_is_compared_with_its_own_source() -> None:
@@ -78,26 +83,40 @@ def test_the_sums_of_rows_are_a_plain_loops(run: Run, padded: bool) -> None:
     examples, row_of = rows_trained_on(found)
     assert len(examples) == len(found.data.train)
     numbers, rows = np.unique(row_of, return_inverse=True)
-    plain = [list(_plain(model, example)) for example in examples.fetch(range(len(examples)))]
-    measure = Measure(model, config, runtime, examples, padded)
+    all_of_them = examples.fetch(range(len(examples)))
+    plain = [_plain(model, example) for example in all_of_them]
+    behind = np.zeros(len(numbers))
+    for others in others_of(np.zeros(len(examples), int)):
+        for number, other in enumerate(others):
+            assert rows[number] != rows[other]
+            first = next(i for i, label in enumerate(all_of_them[other].labels) if label != -100)
+            own = next(i for i, label in enumerate(all_of_them[number].labels) if label != -100)
+            ids = all_of_them[other].input_ids[:first] + all_of_them[number].input_ids[own:]
+            labels = [-100] * first + all_of_them[number].labels[own:]
+            behind[rows[number]] += sum(_plain(model, Example(ids, labels))) / 2
+    with model.disable_adapter():
+        base_losses = [_plain(model, each) for each in all_of_them[:3]]
+    measure = Measure(model, config, runtime, examples, padded)  # its attention is for packed rows only
     got = row_losses(measure, rows, np.zeros(len(numbers), int))
     for row in range(len(numbers)):
-        own = np.asarray([pair for number, pairs in enumerate(plain) if rows[number] == row for pair in pairs])
-        assert got.count[row] == len(own)
-        assert (got.adapter[row], got.base[row]) == pytest.approx(own.sum(0), rel=1e-4)
-        assert got.squares[row] == pytest.approx((own[:, 0] ** 2).sum(), rel=1e-4)
-    assert np.abs(got.adapter - got.base).min() > 1e-2  # one measured for the other would be seen
+        losses = np.asarray([each for number, of in enumerate(plain) if rows[number] == row for each in of])
+        assert got.count[row] == len(losses)
+        assert (got.adapter[row], got.swapped[row]) == pytest.approx((losses.sum(), behind[row]), rel=1e-4)
+        assert got.squares[row] == pytest.approx((losses**2).sum(), rel=1e-4)
+    assert np.abs(got.adapter - got.swapped).min() > 1e-3  # one measured for the other would be seen
+    assert measure.under_base(all_of_them[:3]) == [pytest.approx(losses, rel=1e-3) for losses in base_losses]
 
 
-def _plain(model: Any, example: Any) -> Iterator[tuple[float, float]]:
-    ids = torch.tensor([example.input_ids])
+def _plain(model: Any, example: Example) -> list[float]:
     with torch.no_grad():
-        adapter = model(input_ids=ids).logits[0].float().log_softmax(-1)
-        with model.disable_adapter():
-            base = model(input_ids=ids).logits[0].float().log_softmax(-1)
-    for index, label in enumerate(example.labels):
-        if index and label != -100:
-            yield -float(adapter[index - 1, label]), -float(base[index - 1, label])
+        logs = model(input_ids=torch.tensor([example.input_ids])).logits[0].float().log_softmax(-1)
+    return [-float(logs[i - 1, label]) for i, label in enumerate(example.labels) if i and label != -100]
+
+
+def test_an_exchanged_prompt_keeps_its_end_where_it_is_too_long() -> None:
+    other, own = Example([1, 2, 3, 4, 9], [-100] * 4 + [9]), Example([5, 6, 7, 8], [-100, -100, 7, 8])
+    assert with_prompt_of(other, own, 100) == Example([1, 2, 3, 4, 7, 8], [-100] * 4 + [7, 8])
+    assert with_prompt_of(other, own, 4) == Example([3, 4, 7, 8], [-100, -100, 7, 8])
 
 
 def test_the_command_names_spoilt_rows_with_place_and_tokens(

@@ -108,14 +108,14 @@ def test_a_look_changes_nothing(run: Callable[..., Path], monkeypatch: pytest.Mo
             return [torch.get_rng_state(), grads, [module.training for module in model.modules()], weights]
 
         before = state()
-        fit: TemplateFit = real(model, *others)
+        fit: TemplateFit = look(model, *others)
         after = state()
         looks.append(all(torch.equal(one, other) for one, other in zip(before[3], after[3], strict=True)))
         looks.append(torch.equal(before[0], after[0]))
         looks.append(before[1:3] == after[1:3])
         return fit
 
-    real = setup.template_fit
+    look: Any = setup.template_fit
     monkeypatch.setattr(setup, "template_fit", watched)
     folder = run("--optim.max_steps", "1")
     assert looks == [True] * 3
