@@ -7,7 +7,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from chatlora.errors import did_you_mean
 
-RowFormat = Literal["auto", "messages", "conversations", "sharegpt", "alpaca", "prompt_completion"]
+RowFormat = Literal[
+    "auto",
+    "messages",
+    "conversations",
+    "sharegpt",
+    "prompt_completion",
+    "alpaca",
+    "prompt_calls",
+    "self_instruct",
+]
 
 
 class Section(BaseModel):

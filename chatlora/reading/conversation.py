@@ -6,7 +6,8 @@ Content is kept byte for byte as it stood in the file. Roles are the field's: sy
 
 import json
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, get_args
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -42,12 +43,14 @@ class Conversation:
     """Messages in order, the tools on offer (JSON schemas, as chat templates want them) and where the row stands.
 
     group: what the source's `group_by` says of it; rows of one group are held out together.
+    template_kwargs: what the chat template is told for this row, over `model.chat_template_kwargs`.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
     place: str | None = None
     group: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def as_template_input(self) -> list[dict[str, Any]]:
         """The messages as `apply_chat_template` takes them. Absent fields are left out: some templates print `None`."""

@@ -1,0 +1,178 @@
+"""A list of turns, in whatever shape a row has it -> messages.
+
+shape                                   of
+[{role, content}], [{from, value}]      nearly all
+[{human, assistant}], [{input, output}] MOSS 003, Capybara: an exchange each (PAIRS)
+["question", "answer", ...]             UltraChat, LIMA: the user begins
+{role: [...], content: [...]}           `datasets` under Sequence
+{turn_1: {Human, MOSS, ...}, ...}       MOSS
+"USER: ... ASSISTANT: ..."              Glaive
+[{role, parts: [{text}]}]               Gemini
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from chatlora.reading.calls import read_tools
+from chatlora.reading.conversation import Message, split_reasoning
+from chatlora.reading.flags import flags_of
+from chatlora.reading.marked_text import GLAIVE, MOSS, read_glaive, read_moss
+from chatlora.reading.messages import READ_KEYS, read_message
+from chatlora.reading.roles import CALL_ROLES, folded
+from chatlora.reading.values import EMPTY, read_list, read_text
+
+PAIRS = (  # what a turn that is a whole exchange calls its two texts
+    ("human", "assistant"),
+    ("user", "assistant"),
+    ("input", "output"),
+    ("instruction", "output"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("query", "response"),
+    ("question", "answer"),
+)
+KEYS = (("role", "content"), ("from", "value"))
+MESSAGE_KEYS = {  # what `columns` may name inside a turn -> its key here
+    "role": "role",
+    "content": "content",
+    "loss": "loss",
+    "masked": "masked",
+    "reasoning_content": "reasoning_content",
+    "tool_calls": "tool_calls",
+}
+
+
+@dataclass(slots=True)
+class Turns:
+    """Messages; the tools that a system message offers; the keys of turns that nothing read."""
+
+    messages: list[Message] = field(default_factory=list)
+    tools: tuple[dict[str, Any], ...] = ()
+    not_used: set[str] = field(default_factory=set)
+
+
+def read_turns(
+    value: Any,
+    path: str,
+    problems: list[str],
+    *,
+    keys: Mapping[str, str] | None = None,
+    ignored: frozenset[str] = frozenset(),
+) -> Turns:
+    """`keys`: our key of a turn -> the file's; `ignored`: keys that are not looked at."""
+    if isinstance(value, str) and GLAIVE.match(value):
+        return Turns(read_glaive(value, path, problems))
+    if isinstance(value, Mapping) and MOSS & value.keys():
+        return Turns(read_moss(value, path, problems))
+    listed = _columns_of_turns(value) or read_list(value, path, problems)
+    if keys or ignored:
+        listed = [_renamed(turn, keys or {}, ignored) for turn in listed]
+    if len(listed) > 1 and all(isinstance(turn, str) for turn in listed):
+        return Turns(list(_alternating(listed, path, problems)))
+    found = Turns()
+    role_key = "from" if any(map(_is_sharegpt, listed)) else "role"
+    flags = flags_of(listed, role_key, path, problems)
+    for index, turn in enumerate(listed):
+        at = f"{path}[{index}]"
+        pair = _pair_of(turn)
+        if pair is not None:
+            found.messages += _exchange(turn, pair, at, problems)
+            found.not_used |= {str(key) for key in turn.keys() - set(pair) if turn[key] not in EMPTY}
+            continue
+        role_key, content_key = KEYS[_is_sharegpt(turn)]
+        turn = _from_gemini(turn)
+        read = read_message(turn, at, problems, role_key=role_key, content_key=content_key, flags=flags)
+        _append(found, read, turn, role_key)
+        _note(found, turn, at, problems)
+    return found
+
+
+def is_sharegpt(turns: Any) -> bool:
+    return isinstance(turns, list) and any(map(_is_sharegpt, turns))
+
+
+def _is_sharegpt(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and "role" not in turn and ("from" in turn or "value" in turn)
+
+
+def _append(found: Turns, read: Sequence[Message], turn: Any, role_key: str) -> None:
+    """A call that stands as a turn of its own belongs to the reply in front of it: parallel calls, or text and call."""
+    last = found.messages[-1] if found.messages else None
+    is_call = isinstance(turn, Mapping) and folded(turn.get(role_key)) in CALL_ROLES
+    if is_call and read and last is not None and last.role == "assistant" and last.loss == read[0].loss:
+        call = read[0]
+        if last.reasoning is None or call.reasoning is None:
+            calls = last.tool_calls + call.tool_calls
+            found.messages[-1] = replace(last, tool_calls=calls, reasoning=last.reasoning or call.reasoning)
+            return
+    found.messages += read
+
+
+def _note(found: Turns, turn: Any, path: str, problems: list[str]) -> None:
+    if not isinstance(turn, Mapping):
+        return
+    for message in found.messages[-1:]:
+        if message.loss and message.role in ("system", "user"):
+            found.not_used.add(f"loss: true on a turn of the {message.role}")
+    if turn.keys() - READ_KEYS:
+        found.not_used |= {str(key) for key in turn.keys() - READ_KEYS if turn[key] not in EMPTY}
+    if turn.get("tools") and found.messages and found.messages[-1].role == "system":  # GLM-4
+        found.tools += read_tools(turn["tools"], f"{path}.tools", problems)
+        if found.messages[-1].content == "":
+            found.messages.pop()
+
+
+def _renamed(turn: Any, keys: Mapping[str, str], ignored: frozenset[str]) -> Any:
+    if not isinstance(turn, Mapping):
+        return turn
+    theirs = {own: ours for ours, own in keys.items()}
+    shadowed = {ours for ours, own in keys.items() if own in turn}
+    return {
+        theirs.get(key, key): value
+        for key, value in turn.items()
+        if key not in ignored and (key in theirs or key not in shadowed)
+    }
+
+
+def _columns_of_turns(value: Any) -> list[Any] | None:
+    """`{role: [...], content: [...]}` as a list of turns."""
+    if not isinstance(value, Mapping) or not all(isinstance(column, list) for column in value.values()):
+        return None
+    if not any(set(keys) <= value.keys() for keys in KEYS) or len({len(column) for column in value.values()}) > 1:
+        return None
+    return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
+
+
+def _alternating(texts: Sequence[str], path: str, problems: list[str]) -> Iterator[Message]:
+    for index, value in enumerate(texts):
+        text = read_text(value, f"{path}[{index}]", problems)
+        if text is not None and index % 2:
+            reasoning, content = split_reasoning(text)
+            yield Message("assistant", content, reasoning)
+        elif text is not None:
+            yield Message("user", text)
+
+
+def _pair_of(turn: Any) -> tuple[str, str] | None:
+    if not isinstance(turn, Mapping) or any(key in turn for keys in KEYS for key in keys):
+        return None
+    return next((pair for pair in PAIRS if set(pair) <= turn.keys()), None)
+
+
+def _exchange(turn: Mapping[str, Any], pair: tuple[str, str], path: str, problems: list[str]) -> list[Message]:
+    question, answer = (read_text(turn[key], f"{path}.{key}", problems) for key in pair)
+    return exchange(question, answer)
+
+
+def exchange(question: str | None, answer: str | None) -> list[Message]:
+    if question is None or answer is None:
+        return []
+    reasoning, content = split_reasoning(answer)
+    return [Message("user", question), Message("assistant", content, reasoning)]
+
+
+def _from_gemini(turn: Any) -> Any:
+    if isinstance(turn, Mapping) and "content" not in turn and isinstance(turn.get("parts"), list):
+        return {"content" if key == "parts" else key: value for key, value in turn.items()}
+    return turn
