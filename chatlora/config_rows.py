@@ -31,6 +31,14 @@ class Source(Section):
     columns: dict[str, str] = Field(
         {}, description="our column -> the file's, e.g. {prompt: content, completion: summary}"
     )
+    ignore: tuple[str, ...] = Field(
+        (), description="columns, and keys of messages, that say nothing about training, e.g. [rejected, quality]"
+    )
+    reader: str | None = Field(
+        None,
+        pattern=r"\.py:[A-Za-z_]\w*$",
+        description="FILE.py:FUNCTION of yours that turns a row of the file into one of a known form, or into None",
+    )
     repeat: int = Field(1, ge=1, description="how often its training rows are seen in an epoch")
     group_by: str | None = Field(
         None,

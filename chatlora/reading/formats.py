@@ -132,8 +132,8 @@ def _form_of(fields: Fields, stated: RowFormat, mapped: set[str], problems: list
     else:
         misspelled = next(filter(None, (did_you_mean(name, MAIN_COLUMNS) for name in map(str, fields.row))), ";")
         problems.append(
-            f"no known form: the row has {_told_columns(fields.row)}{misspelled} chatlora reads messages, conversations, "
-            f"prompt with completion, or instruction with output; {likeliest_columns(fields.row)}"
+            f"no known form: the row has {_told_columns(fields.row)}{misspelled} chatlora reads messages, "
+            f"conversations, prompt with completion, or instruction with output; {likeliest_columns(fields.row)}"
         )
     return None
 

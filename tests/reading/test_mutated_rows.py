@@ -14,7 +14,8 @@ import pytest
 
 from chatlora.config import Source
 from chatlora.errors import DataError, SetAside
-from chatlora.reading.sources import Unread, read_conversations
+from chatlora.reading.noted import Unread
+from chatlora.reading.sources import read_conversations
 from chatlora.rendering.renderer import Renderer
 from tests.rendering.test_chat_templates import TEMPLATES, TOOL, renderer_of
 
