@@ -15,6 +15,7 @@ from chatlora.rendering.examples import NO_REPLY_FITS, NO_TARGET_LEFT, PROMPT_TO
 from chatlora.rendering.limits import TOO_MUCH
 from chatlora.rendering.message_parts import DROPS
 from chatlora.rendering.proof import CANNOT_SPELL, FAILED
+from chatlora.rendering.row_kwargs import OTHER_STOP, SPELLS_CONTROL, UNKNOWN
 from chatlora.rendering.template import RAISES
 from chatlora.rendering.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTINUED
 
@@ -28,6 +29,7 @@ LIFTED_BY = "lifted_by"
 OTHER_TEMPLATE = "set model.chat_template to a Jinja file that renders such rows, or model.chat_template_kwargs"
 REMEDIES = {  # by how a reason begins
     LEFT_OUT: "look at the function that `reader` names",
+    **dict.fromkeys((UNKNOWN, SPELLS_CONTROL, OTHER_STOP), "ignore: [chat_template_kwargs] leaves them unread"),
     UNREAD: "mend the rows; data.on_bad_row: error tells all that is wrong with them",
     LEAKS: "look at what the files share; data.on_leak: warn trains on such rows all the same",
     TOO_LONG: "raise data.max_length, or set data.over_length to fit or cut",

@@ -8,6 +8,7 @@
     ids       drafts.py         one encoding, spans from offsets
     lengths   examples.py       what an example is, and what over_length leaves of it
     proof     proof.py          of every example, by other means
+    rows      row_kwargs.py     what a row alone tells the template
     bounds    limits.py         on time and memory of it all
 
 Most templates give one example a conversation. A template that renders a reply otherwise once more messages follow
@@ -41,6 +42,7 @@ from chatlora.rendering.examples import (
 )
 from chatlora.rendering.limits import PROBE, bounded, bounds_for
 from chatlora.rendering.proof import Proof
+from chatlora.rendering.row_kwargs import RowKwargs, Under
 from chatlora.rendering.template import ChatTemplate, chat_template_of, resolve_template_kwargs, template_messages
 from chatlora.rendering.template_edits import template_edits
 from chatlora.rendering.turns import NO_TARGET, StopTokens, Turn, check_context, read_tool_message, read_turn, targets
@@ -100,6 +102,7 @@ class Renderer:
             self._stops = StopTokens(self._template, self._text.spellings, tokenizer.eos_token_id, generation_stop_ids)
         self.stop_ids = self._stops.ids
         self._proof = Proof(tokenizer, self._template, self._text, self.stop_ids)
+        self._row_kwargs = RowKwargs(tokenizer, self._text, generation_stop_ids)
         self.proof_seconds = 0.0
         described = [self._text.digest, self._template.digest(), str(self.stop_ids)]
         self.fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()
@@ -174,7 +177,7 @@ class Renderer:
         """The ids of the whole conversation and the generation prompt after it."""
         messages, tools = self._masked(conversation)
         with bounded(bounds_for(conversation)):
-            return self._text.encode(self._template.render(messages, tools, prompt=True)).ids
+            return self._text.encode(self._at(conversation).template.render(messages, tools, prompt=True)).ids
 
     def turns(self, conversation: Conversation, supervise: Supervise = "all") -> list[Turn]:
         """The supervised turns as text. Raises SetAside as `render` does."""
@@ -184,7 +187,8 @@ class Renderer:
         """Raises SetAside unless `example` is exactly that of these turns; see `proof.Proof.prove`."""
         began = perf_counter()
         try:
-            self._proof.prove(example.input_ids, example.labels, self._as_taken(conversation), turns)
+            taken = self._as_taken(conversation)
+            self._at(conversation).proof.prove(example.input_ids, example.labels, taken, turns)
         finally:
             self.proof_seconds += perf_counter() - began
 
@@ -201,6 +205,12 @@ class Renderer:
 
     # ---- text
 
+    def _at(self, conversation: Conversation) -> Under:
+        """The template, as this row has it."""
+        if not conversation.template_kwargs:
+            return Under(self._template, self._stops, self._proof)
+        return self._row_kwargs.under(self._template, conversation.template_kwargs, self.stop_ids)
+
     def _masked(self, conversation: Conversation) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         mask = self._text.mask
         messages = [
@@ -215,23 +225,25 @@ class Renderer:
     def _turns(self, conversation: Conversation, supervise: Supervise) -> tuple[str, list[Turn]]:
         indices = targets(conversation, supervise)
         messages, tools = self._masked(conversation)
-        full = self._template.render(messages, tools, prompt=False)
+        template, stops, _ = self._at(conversation)
+        full = template.render(messages, tools, prompt=False)
         turns = []
         for index in indices:
             read = read_turn if conversation.messages[index].role == "assistant" else read_tool_message
-            turn = read(self._template, self._stops, messages, tools, index, full)
+            turn = read(template, stops, messages, tools, index, full)
             turns.append(self._with_template_edits(turn, messages))
         for turn in (turns[0], turns[-1]) if len(turns) > 1 else turns:
-            check_context(self._template, messages, tools, turn)
+            check_context(template, messages, tools, turn)
         return full, turns
 
     def _drafts_for_evaluation(self, conversation: Conversation, supervise: Supervise) -> list[Draft]:
         """One for each assistant turn that is a target, rendered as the last message and proved."""
         messages, tools = self._masked(conversation)
+        template, stops, _ = self._at(conversation)
         drafts = []
         for index in self._assistant_targets(conversation, supervise):
-            turn = read_turn(self._template, self._stops, messages[: index + 1], tools, index, None)
-            check_context(self._template, messages, tools, turn)
+            turn = read_turn(template, stops, messages[: index + 1], tools, index, None)
+            check_context(template, messages, tools, turn)
             drafts.append(draft_alone(self._text, self._with_template_edits(turn, messages)))
             self.prove(drafts[-1].example(), conversation, drafts[-1].turns)
         return drafts
