@@ -17,8 +17,9 @@ from chatlora.disk import sha256_of
 from chatlora.embedded_model import EMBEDDED
 from chatlora.errors import DataError, did_you_mean, similar_beside
 from chatlora.hub import why_unreachable
+from chatlora.reading.arrow import cleaner_of
 from chatlora.reading.conversation import Conversation, Message
-from chatlora.reading.files import ENDINGS, READERS, reader_of, without_nulls
+from chatlora.reading.files import ENDINGS, READERS, cleaned_row, reader_of
 from chatlora.reading.formats import read_row
 from chatlora.reading.noted import Noted, Unread
 from chatlora.reading.own_reader import LEFT_OUT, OwnReader, own_reader, sha256_of_reader
@@ -220,8 +221,10 @@ def _looks_like_file(named: str, path: Path) -> bool:
 
 def _hub_rows(source: Source, split: str) -> Rows:
     name = f"{source.path}[{source.split or split}]"
-    for number, row in enumerate(_hub_dataset(source, split), start=1):
-        yield without_nulls(row), f"{name}: row {number}"
+    dataset = _hub_dataset(source, split)
+    clean = cleaner_of(dataset.features.arrow_schema)
+    for number, row in enumerate(dataset, start=1):
+        yield cleaned_row(clean, row), f"{name}: row {number}"
 
 
 def _hub_dataset(source: Source, split: str) -> "Dataset":

@@ -29,8 +29,8 @@ def test_a_row_is_rendered_as_by_a_renderer_that_is_told_the_same(renderer: Rend
     own = Renderer(renderer.tokenizer, chat_template=renderer.chat_template, chat_template_kwargs=kwargs)
     row = told(ROW, **kwargs)
     assert renderer.render(row, max_length=1000) == own.render(ROW, max_length=1000)
-    limits = {"max_prompt_length": None, "max_new_tokens": 100}
-    assert renderer.render_for_evaluation(row, **limits) == own.render_for_evaluation(ROW, **limits)
+    found = renderer.render_for_evaluation(row, max_prompt_length=None, max_new_tokens=100)
+    assert found == own.render_for_evaluation(ROW, max_prompt_length=None, max_new_tokens=100)
     assert renderer.prompt_ids(row) == own.prompt_ids(ROW)
     assert pickle.loads(pickle.dumps(renderer)).render(row, max_length=1000) == own.render(ROW, max_length=1000)
 
