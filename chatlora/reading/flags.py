@@ -58,7 +58,9 @@ def read_loss(
         if value is not None:
             said[key] = value is flags[key]
         elif fields[key] is not None:
-            problems.append(f"{path}.{key} is {described(fields[key])}; it is true or false, without quotes")
+            is_text = isinstance(fields[key], str)
+            way = "true or false, without quotes" if is_text else "true or false, 1 or 0; nothing is learned in part"
+            problems.append(f"{path}.{key} is {described(fields[key])}; it is {way}")
     if len(set(said.values())) > 1:
         problems.append(f"{path}: {' and '.join(sorted(said))} contradict each other; keep one")
         return None

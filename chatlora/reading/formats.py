@@ -28,6 +28,7 @@ from chatlora.reading.values import listed
 
 MAIN_COLUMNS = tuple(dict.fromkeys(name for form in FORMS.values() for name in form.needs))
 OWN_NAMES = (*MAIN_COLUMNS, *BESIDE, *MESSAGE_KEYS)  # what `columns` may name
+MOST_WAYS = 4  # of reading a row that are told
 KNOWN_COLUMNS = (*OWN_NAMES, *TURN_COLUMNS[:-2])  # the last two are what files call their list of rows
 
 
@@ -116,7 +117,7 @@ def _form_of(fields: Fields, stated: RowFormat, mapped: set[str], problems: list
         row = {name: value for name, value in fields.row.items() if name not in fields.ignored}
         possible = [columns for columns in implied_columns(row) if mapped <= columns.keys() - BESIDE.keys()]
         if len(possible) > 1:
-            ways = " or ".join(f"columns: {_as_yaml(columns)}" for columns in possible)
+            ways = " or ".join(f"columns: {_as_yaml(columns)}" for columns in possible[:MOST_WAYS])
             problems.append(f"{_told_columns(row)} can be read in several ways; say which: {ways}")
             return None
         fields.name(possible[0] if possible else {})

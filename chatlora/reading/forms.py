@@ -45,8 +45,7 @@ def _read_messages(fields: Fields, problems: list[str]) -> list[Message]:
 
 def _read_prompt_completion(fields: Fields, problems: list[str]) -> list[Message]:
     """Texts, or lists of messages of which only the completion's are to be learned (as in TRL), or one of each."""
-    context = [_unlearned(message) for message in _prompt(fields, problems)]
-    return context + _reply(fields, "completion", problems)
+    return _prompt(fields, problems) + _reply(fields, "completion", problems)
 
 
 def _read_prompt_calls(fields: Fields, problems: list[str]) -> list[Message]:
@@ -124,7 +123,7 @@ def read_kwargs(fields: Fields, problems: list[str]) -> dict[str, Any]:
 def _prompt(fields: Fields, problems: list[str]) -> list[Message]:
     prompt = fields.peek("prompt")
     if isinstance(prompt, list) and not all(isinstance(turn, Mapping) and "type" in turn for turn in prompt):
-        return fields.take_turns("prompt", problems).messages
+        return [_unlearned(message) for message in fields.take_turns("prompt", problems).messages]
     text = read_text(fields.take("prompt"), fields.path("prompt"), problems)
     return _history(fields, problems) + ([] if text is None else [Message("user", text)])
 

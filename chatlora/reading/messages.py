@@ -7,8 +7,8 @@ from chatlora.reading.calls import read_arguments, read_calls, read_result, read
 from chatlora.reading.content import has_more_than_text, read_content
 from chatlora.reading.conversation import Message, Role, ToolCall, split_reasoning
 from chatlora.reading.flags import FLAGS, read_loss, report_unknown_flags
-from chatlora.reading.roles import CALL_ROLES, folded, read_role
-from chatlora.reading.values import described, instead_of, read_optional_text, read_text
+from chatlora.reading.roles import CALL_ROLES, ROLE_NAMES, folded, read_role
+from chatlora.reading.values import described, instead_of, listed, read_optional_text, read_text
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 READ_KEYS = {  # of a message; what else it holds is listed as not used
@@ -34,6 +34,9 @@ def read_message(
     if not isinstance(fields, Mapping):
         problems.append(f"{path} is {described(fields)}, not a message with {role_key} and {content_key}")
         return []
+    if not fields.keys() & READ_KEYS and len(fields) > 1:
+        problems.append(_told_other_keys(fields, path))
+        return []
     report_unknown_flags(fields, READ_KEYS, path, problems)
     if folded(fields.get(role_key)) in CALL_ROLES:
         return _read_call(fields, path, content_key, flags, problems)
@@ -53,6 +56,16 @@ def read_message(
     if role is None or content is None:
         return []
     return [Message(role, content, reasoning, tool_calls, tool_call_id or None, name, loss)]
+
+
+def _told_other_keys(fields: Mapping[str, Any], path: str) -> str:
+    texts = sorted((str(key) for key, value in fields.items() if isinstance(value, str)), key=lambda k: len(fields[k]))
+    texts.sort(key=lambda key: folded(fields[key]) not in ROLE_NAMES)
+    role, content = (texts[0], texts[-1]) if len(texts) > 1 else ("SPEAKER", "TEXT")
+    return (
+        f"{path} has neither role nor content, but {listed(fields)}; perhaps columns: "
+        f"{{role: {role}, content: {content}}}; what columns cannot say, reader: my_rows.py:read can"
+    )
 
 
 def _read_call(

@@ -88,6 +88,15 @@ def read_turns(
     return found
 
 
+def looks_like_turns(value: Any) -> bool:
+    """Whether a column that no form names holds turns, in one of the shapes above."""
+    if isinstance(value, str):
+        return value.lstrip().startswith("[") or GLAIVE.match(value) is not None
+    if isinstance(value, Mapping):
+        return bool(MOSS & value.keys()) or _columns_of_turns(value) is not None
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, (Mapping, str)) for turn in value)
+
+
 def is_sharegpt(turns: Any) -> bool:
     return isinstance(turns, list) and any(map(_is_sharegpt, turns))
 

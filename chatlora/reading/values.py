@@ -15,6 +15,7 @@ from chatlora.errors import did_you_mean
 
 MOST_LEVELS = 64  # of lists and objects inside each other; templates, and Python, walk them by recursion
 EMPTY: tuple[Any, ...] = (None, "", [], {})  # what says nothing, and need not be told where nothing reads it
+_WRITE_JSON = "write it with a JSON library"
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text"}  # type of a part -> where its text stands
 
 
@@ -65,7 +66,7 @@ def parse_json(text: str, path: str, problems: list[str]) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        problems.append(f"{path} should be JSON, and is not ({error}): {_shortened(text)!r}")
+        problems.append(f"{path} should be JSON, and is not ({error}): {_shortened(text)!r}; {_WRITE_JSON}")
         return None
 
 
@@ -142,7 +143,10 @@ def read_part(part: Mapping[str, Any], path: str, problems: list[str]) -> str | 
     if kind is None and set(part) == {"text"}:  # Gemini
         kind = "text"
     if not isinstance(kind, str) or kind not in TEXT_PARTS:
-        problems.append(f"{path}.type is {kind!r}; only parts of type 'text' can be trained on")
+        problems.append(
+            f"{path}.type is {kind!r}; only parts of type 'text' can be trained on; leave such rows out with "
+            "on_bad_row: set_aside"
+        )
         return None
     key = TEXT_PARTS[kind]
     return read_text(part.get(key), f"{path}.{key}", problems, instead_of(key, part))
