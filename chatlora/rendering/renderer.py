@@ -18,7 +18,6 @@ Most templates give one example a conversation. A template that renders a reply 
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import date
 from time import perf_counter
 from typing import Any, Self
@@ -44,7 +43,7 @@ from chatlora.rendering.limits import PROBE, bounded, bounds_for
 from chatlora.rendering.proof import Proof
 from chatlora.rendering.row_kwargs import RowKwargs, Under
 from chatlora.rendering.template import ChatTemplate, chat_template_of, resolve_template_kwargs, template_messages
-from chatlora.rendering.template_edits import template_edits
+from chatlora.rendering.template_edits import with_template_edits
 from chatlora.rendering.turns import NO_TARGET, StopTokens, Turn, check_context, read_tool_message, read_turn, targets
 
 __all__ = [
@@ -225,13 +224,13 @@ class Renderer:
     def _turns(self, conversation: Conversation, supervise: Supervise) -> tuple[str, list[Turn]]:
         indices = targets(conversation, supervise)
         messages, tools = self._masked(conversation)
-        template, stops, _ = self._at(conversation)
+        (template, stops, _), spellings = self._at(conversation), self._text.spellings.values()
         full = template.render(messages, tools, prompt=False)
         turns = []
         for index in indices:
             read = read_turn if conversation.messages[index].role == "assistant" else read_tool_message
             turn = read(template, stops, messages, tools, index, full)
-            turns.append(self._with_template_edits(turn, messages))
+            turns.append(with_template_edits(turn, template, messages, tools, spellings))
         for turn in (turns[0], turns[-1]) if len(turns) > 1 else turns:
             check_context(template, messages, tools, turn)
         return full, turns
@@ -239,20 +238,15 @@ class Renderer:
     def _drafts_for_evaluation(self, conversation: Conversation, supervise: Supervise) -> list[Draft]:
         """One for each assistant turn that is a target, rendered as the last message and proved."""
         messages, tools = self._masked(conversation)
-        template, stops, _ = self._at(conversation)
+        (template, stops, _), spellings = self._at(conversation), self._text.spellings.values()
         drafts = []
         for index in self._assistant_targets(conversation, supervise):
             turn = read_turn(template, stops, messages[: index + 1], tools, index, None)
             check_context(template, messages, tools, turn)
-            drafts.append(draft_alone(self._text, self._with_template_edits(turn, messages)))
+            turn = with_template_edits(turn, template, messages, tools, spellings)
+            drafts.append(draft_alone(self._text, turn))
             self.prove(drafts[-1].example(), conversation, drafts[-1].turns)
         return drafts
-
-    def _with_template_edits(self, turn: Turn, messages: Sequence[Mapping[str, Any]]) -> Turn:
-        if messages[turn.index]["role"] != "assistant":
-            return turn
-        kinds = template_edits(turn.reply, messages[turn.index], self._text.spellings.values())
-        return replace(turn, altered=kinds) if kinds else turn
 
     def _assistant_targets(self, conversation: Conversation, supervise: Supervise) -> list[int]:
         """Those that a model answers: what a tool said may be learned, but is asked of no model."""
