@@ -5,13 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from chatlora.config import Source
-from chatlora.errors import DataError
+from chatlora.config import Config, Source, with_absolute_paths
+from chatlora.errors import ConfigError, DataError
 from chatlora.reading.noted import Noted, Unread
 from chatlora.reading.own_reader import LEFT_OUT
 from chatlora.reading.scan import inputs_of
 from chatlora.reading.sources import read_conversations
+from chatlora.training.named_files import refuse_missing_files
 
 READ = """
 from dataclasses import dataclass
@@ -94,3 +96,26 @@ def test_another_function_or_file_is_other_data(source: Callable[[str], Source],
     (after,) = inputs_of([source("read")], "train")
     assert before.sha256 != after.sha256
     assert len(list(read_conversations(source("read")))) == 1
+
+
+def test_a_function_that_is_not_there_is_told_before_anything_else(tmp_path: Path) -> None:
+    (tmp_path / "talks.jsonl").touch()
+    (tmp_path / "my_rows.py").write_text(READ)
+    readers = (f"{tmp_path}/a.py:read", f"{tmp_path}/my_rows.py:reed")
+    train = [{"path": str(tmp_path / "talks.jsonl"), "reader": reader} for reader in readers]
+    with pytest.raises(ConfigError) as caught:
+        refuse_missing_files(Config.model_validate({"data": {"train": train}, "model": {"name_or_path": "owner/name"}}))
+    missing, misspelled = caught.value.problems
+    assert missing.startswith("data.train: reader: ")
+    assert "a.py: no such file" in missing
+    assert "did you mean 'read'?" in misspelled
+
+
+def test_its_file_is_named_by_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_rows.py").touch()
+    given = Config.model_validate({"data": {"train": [{"path": "talks.jsonl", "reader": "my_rows.py:read"}]}})
+    (source,) = with_absolute_paths(given).data.train
+    assert source.reader == f"{tmp_path / 'my_rows.py'}:read"
+    with pytest.raises(ValidationError):
+        Config.model_validate({"data": {"train": [{"path": "talks.jsonl", "reader": "my_rows"}]}})
