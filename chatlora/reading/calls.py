@@ -52,6 +52,8 @@ def read_calls(value: Any, path: str, problems: list[str]) -> tuple[ToolCall, ..
         problems.append(f"{path} is missing or null; it is a call with name and arguments")
         return ()
     calls = value if isinstance(value, list) else [value]
+    if not calls:
+        problems.append(f"{path} holds no call, and so no reply; leave such rows out with on_bad_row: set_aside")
     read = [read_tool_call(call, f"{path}[{i}]" if calls is value else path, problems) for i, call in enumerate(calls)]
     return tuple(call for call in read if call is not None)
 

@@ -119,9 +119,9 @@ def _likeliest(row: Mapping[str, Any]) -> dict[str, str] | None:
     texts = [str(name) for name, value in row.items() if isinstance(value, str) and value]
     prompt = _meant(texts, (*QUESTIONS, "user", "human", "text", "content", "article", "source", "src"))
     reply = _meant(texts, (*REPLIES, "reply", "assistant", "summary", "label", "translation", "tgt"))
-    others = sorted((name for name in texts if name not in (prompt, reply)), key=lambda name: len(row[name]))
-    prompt = prompt or (others.pop() if others else None)
-    reply = reply or (others.pop() if others else None)
+    others = sorted((name for name in texts if name not in (prompt, reply)), key=lambda name: -len(row[name]))
+    prompt = prompt or (others.pop(0) if others else None)
+    reply = reply or (others.pop(0) if others else None)
     return {"prompt": prompt, "completion": reply} if prompt and reply and prompt != reply else None
 
 

@@ -24,10 +24,11 @@ from chatlora.reading.conversation import Conversation, Message
 from chatlora.reading.fields import Fields
 from chatlora.reading.forms import FORMS, read_form, read_kwargs, read_offered
 from chatlora.reading.turns import MESSAGE_KEYS
-from chatlora.reading.values import listed
+from chatlora.reading.values import EMPTY, listed
 
 MAIN_COLUMNS = tuple(dict.fromkeys(name for form in FORMS.values() for name in form.needs))
 OWN_NAMES = (*MAIN_COLUMNS, *BESIDE, *MESSAGE_KEYS)  # what `columns` may name
+OURS = {name: name for name in MAIN_COLUMNS} | {name: ours for ours, names in BESIDE.items() for name in names}
 MOST_WAYS = 4  # of reading a row that are told
 KNOWN_COLUMNS = (*OWN_NAMES, *TURN_COLUMNS[:-2])  # the last two are what files call their list of rows
 
@@ -97,12 +98,13 @@ def _named(row: Mapping[str, Any], columns: Mapping[str, str], ignored: frozense
     spoken_for = ignored | set(columns.values())
     problems += refused_columns(row, spoken_for)
     fields = Fields(row, keys, ignored)
-    fields.name({name: name for name in MAIN_COLUMNS if name not in spoken_for})
-    for ours, names in BESIDE.items():
-        there = [name for name in names if name not in spoken_for and row.get(name) not in (None, "", [])]
-        fields.name({ours: there[0]} if there else {})
-        if ours == "system" and len({str(row[name]) for name in there}) > 1 and ours not in columns:
-            problems.append(f"{listed(there)} say different things; ignore: [{there[-1]}] keeps the first")
+    for name, value in row.items():
+        own = OURS.get(name)
+        if own is None or name in spoken_for or value is None or (own in BESIDE and value in EMPTY):
+            continue
+        if own == "system" and own in fields.names and own not in columns and value != fields.peek(own):
+            problems.append(f"{fields.path(own)} and {name} say different things; ignore: [{name}] keeps the first")
+        fields.names.setdefault(own, name)
     fields.name(columns)
     return fields
 

@@ -8,13 +8,22 @@ from chatlora.reading.content import has_more_than_text, read_content
 from chatlora.reading.conversation import Message, Role, ToolCall, split_reasoning
 from chatlora.reading.flags import FLAGS, read_loss, report_unknown_flags
 from chatlora.reading.roles import CALL_ROLES, ROLE_NAMES, folded, read_role
-from chatlora.reading.values import described, instead_of, listed, read_optional_text, read_text
+from chatlora.reading.values import EMPTY, described, instead_of, listed, read_optional_text, read_text
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-READ_KEYS = {  # of a message; what else it holds is listed as not used
-    *("role", "content", "from", "value", "name", "refusal", "tools", "tool_calls", "function_call", "tool_call_id"),
-    *("observation", "parameters", *REASONING_KEYS, *FLAGS, "mask"),
+READ_KEYS = {"role", "content", "from", "value", "name", "tool_call_id", "mask", *FLAGS}
+READ_OF: dict[str, set[str]] = {  # role -> what else is read of its messages
+    "system": {"tools"},
+    "assistant": {"refusal", "tool_calls", "function_call", *REASONING_KEYS},
+    "tool": {"observation", "parameters"},
 }
+ALL_READ = READ_KEYS.union(*READ_OF.values())
+
+
+def unread_keys(turn: Mapping[str, Any], role: str | None) -> set[str]:
+    """The keys of a turn that hold something and that nothing reads."""
+    left = turn.keys() - READ_KEYS - READ_OF.get(role or "", set())
+    return {str(key) for key in left if turn[key] not in EMPTY}
 
 
 def read_message(
@@ -34,10 +43,10 @@ def read_message(
     if not isinstance(fields, Mapping):
         problems.append(f"{path} is {described(fields)}, not a message with {role_key} and {content_key}")
         return []
-    if not fields.keys() & READ_KEYS and len(fields) > 1:
+    if not fields.keys() & ALL_READ and len(fields) > 1:
         problems.append(_told_other_keys(fields, path))
         return []
-    report_unknown_flags(fields, READ_KEYS, path, problems)
+    report_unknown_flags(fields, ALL_READ, path, problems)
     if folded(fields.get(role_key)) in CALL_ROLES:
         return _read_call(fields, path, content_key, flags, problems)
     role = read_role(fields, role_key, path, problems)
@@ -92,11 +101,10 @@ def _read_parts(
 
 def _read_content(fields: Mapping[str, Any], key: str, role: Role | None, path: str, problems: list[str]) -> str | None:
     value = fields.get(key)
-    if value is None and role == "assistant":
-        if fields.get("tool_calls") or fields.get("function_call"):
-            return ""
-        if fields.get("refusal") is not None:  # OpenAI: what it says instead
-            return read_text(fields["refusal"], f"{path}.refusal", problems)
+    if role == "assistant" and not value and fields.get("refusal"):  # OpenAI: what it says instead
+        return read_text(fields["refusal"], f"{path}.refusal", problems)
+    if value is None and role == "assistant" and (fields.get("tool_calls") or fields.get("function_call")):
+        return ""
     if value is None and role == "system" and fields.get("tools"):
         return ""
     read = read_result if role == "tool" else read_text

@@ -18,7 +18,7 @@ from chatlora.reading.calls import read_tools
 from chatlora.reading.conversation import Message, split_reasoning
 from chatlora.reading.flags import flags_of
 from chatlora.reading.marked_text import GLAIVE, MOSS, read_glaive, read_moss
-from chatlora.reading.messages import READ_KEYS, read_message
+from chatlora.reading.messages import read_message, unread_keys
 from chatlora.reading.roles import CALL_ROLES, folded
 from chatlora.reading.values import EMPTY, read_list, read_text
 
@@ -121,14 +121,13 @@ def _append(found: Turns, read: Sequence[Message], turn: Any, role_key: str) -> 
 def _note(found: Turns, turn: Any, path: str, problems: list[str]) -> None:
     if not isinstance(turn, Mapping):
         return
-    for message in found.messages[-1:]:
-        if message.loss and message.role in ("system", "user"):
-            found.not_used.add(f"loss: true on a turn of the {message.role}")
-    if turn.keys() - READ_KEYS:
-        found.not_used |= {str(key) for key in turn.keys() - READ_KEYS if turn[key] not in EMPTY}
-    if turn.get("tools") and found.messages and found.messages[-1].role == "system":  # GLM-4
+    last = found.messages[-1] if found.messages else None
+    found.not_used |= unread_keys(turn, last.role if last else None)
+    if last is not None and last.loss and last.role in ("system", "user"):
+        found.not_used.add(f"loss: true on a turn of the {last.role}")
+    if turn.get("tools") and last is not None and last.role == "system":  # GLM-4
         found.tools += read_tools(turn["tools"], f"{path}.tools", problems)
-        if found.messages[-1].content == "":
+        if last.content == "":
             found.messages.pop()
 
 
