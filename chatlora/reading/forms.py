@@ -14,7 +14,7 @@ from chatlora.reading.conversation import Message
 from chatlora.reading.fields import Fields
 from chatlora.reading.marked_text import split_glaive_system
 from chatlora.reading.turns import exchange, is_sharegpt
-from chatlora.reading.values import described, parse_json, read_list, read_text
+from chatlora.reading.values import described, is_json, parse_json, read_list, read_text
 
 SWITCHES = ("on", "off")  # Nemotron's column `reasoning`, which is no thought
 RESERVED = (
@@ -114,7 +114,7 @@ def read_kwargs(fields: Fields, problems: list[str]) -> dict[str, Any]:
         return {}
     for name in set(value) & set(RESERVED):
         problems.append(f"{path}.{name} is given to every template; put it into a column of its own")
-    return dict(value)
+    return dict(value) if is_json(value, path, problems) else {}
 
 
 # ---- parts of a form

@@ -108,5 +108,5 @@ def test_tools_in_the_language_of_moss_are_refused() -> None:
         "Commands": '<|Commands|>: Search("x")<eoc>\n',
         "MOSS": "<|MOSS|>: a<eom>\n",
     }
-    with pytest.raises(DataError, match="chat.turn_1 has Commands, tools in MOSS's own language"):
+    with pytest.raises(DataError, match=r"chat\.turn_1 has Commands, tools in MOSS's own language"):
         parse_row({"chat": {"turn_1": turn}})
