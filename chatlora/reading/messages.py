@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from chatlora.reading.calls import read_arguments, read_calls, read_result, read_tool_calls
-from chatlora.reading.content import has_more_than_text, read_content
+from chatlora.reading.content import Content, has_more_than_text, read_content
 from chatlora.reading.conversation import Message, Role, ToolCall, split_reasoning
 from chatlora.reading.flags import FLAGS, read_loss, report_unknown_flags
 from chatlora.reading.roles import CALL_ROLES, ROLE_NAMES, folded, read_role
@@ -53,18 +53,21 @@ def read_message(
     loss = read_loss(fields, path, problems, flags)
     if role == "tool" and "observation" in fields:
         return _read_call_with_result(fields, path, loss, problems)
+    parts, text = Content(), None
     if has_more_than_text(fields.get(content_key)):
-        return _read_parts(fields, f"{path}.{content_key}", role, loss, problems)
-    tool_calls = read_tool_calls(fields, path, problems) if role == "assistant" else ()
-    content = _read_content(fields, content_key, role, path, problems)
-    reasoning = None
-    if role == "assistant" and content is not None:
-        reasoning, content = _read_reasoning(fields, content, path, problems)
+        parts = read_content(fields[content_key], role, f"{path}.{content_key}", problems)
+        text = "".join(parts.text)
+    else:
+        text = _read_text(fields, content_key, role, path, problems)
+    reasoning, tool_calls = None, tuple(parts.calls)
+    if role == "assistant" and text is not None:
+        reasoning, text = _read_reasoning(fields, parts.thoughts, text, path, problems)
+        tool_calls += read_tool_calls(fields, path, problems)
     tool_call_id = read_optional_text(fields, "tool_call_id", path, problems)
     name = read_optional_text(fields, "name", path, problems)
-    if role is None or content is None:
-        return []
-    return [Message(role, content, reasoning, tool_calls, tool_call_id or None, name, loss)]
+    if role is None or text is None or (parts.results and not parts.text):
+        return parts.results
+    return [*parts.results, Message(role, text, reasoning, tool_calls, tool_call_id or None, name, loss)]
 
 
 def _told_other_keys(fields: Mapping[str, Any], path: str) -> str:
@@ -88,18 +91,7 @@ def _read_call(
     return [Message("assistant", "", reasoning, calls, loss=loss)] if calls else []
 
 
-def _read_parts(
-    fields: Mapping[str, Any], path: str, role: Role | None, loss: bool | None, problems: list[str]
-) -> list[Message]:
-    (key,) = (key for key in ("content", "value") if path.endswith(f".{key}"))
-    content = read_content(fields[key], role, path, problems)
-    text, thought = "".join(content.text), "".join(content.thoughts) or None
-    said = bool(content.text) or role == "assistant"
-    own = [Message(role, text, thought, tuple(content.calls), loss=loss)] if said and role is not None else []
-    return content.results + own
-
-
-def _read_content(fields: Mapping[str, Any], key: str, role: Role | None, path: str, problems: list[str]) -> str | None:
+def _read_text(fields: Mapping[str, Any], key: str, role: Role | None, path: str, problems: list[str]) -> str | None:
     value = fields.get(key)
     if role == "assistant" and not value and fields.get("refusal"):  # OpenAI: what it says instead
         return read_text(fields["refusal"], f"{path}.refusal", problems)
@@ -111,13 +103,19 @@ def _read_content(fields: Mapping[str, Any], key: str, role: Role | None, path: 
     return read(value, f"{path}.{key}", problems, instead_of(key, fields))
 
 
-def _read_reasoning(fields: Mapping[str, Any], content: str, path: str, problems: list[str]) -> tuple[str | None, str]:
-    stated = [key for key in REASONING_KEYS if fields.get(key)]
+def _read_reasoning(
+    fields: Mapping[str, Any], parts: list[str], text: str, path: str, problems: list[str]
+) -> tuple[str | None, str]:
+    """The thought of a message and its text: stated under a key or as parts, else at the beginning of the text."""
+    stated = {key: fields[key] for key in REASONING_KEYS if fields.get(key)} | (
+        {"parts": "".join(parts)} if parts else {}
+    )
     if not stated:
-        return split_reasoning(content)
-    if len({str(fields[key]) for key in stated}) > 1:
+        return split_reasoning(text)
+    if len({str(thought) for thought in stated.values()}) > 1:
         problems.append(f"{path} has different texts in {' and '.join(stated)}; keep one")
-    return read_text(fields[stated[0]], f"{path}.{stated[0]}", problems), content
+    key, thought = next(iter(stated.items()))
+    return read_text(thought, f"{path}.{key}", problems), text
 
 
 def _read_call_with_result(

@@ -16,11 +16,11 @@ from typing import Any
 
 from chatlora.reading.calls import read_tools
 from chatlora.reading.conversation import Message, split_reasoning
-from chatlora.reading.flags import flags_of
+from chatlora.reading.flags import flags_of, read_loss, report_unknown_flags
 from chatlora.reading.marked_text import GLAIVE, MOSS, read_glaive, read_moss
 from chatlora.reading.messages import read_message, unread_keys
 from chatlora.reading.roles import CALL_ROLES, folded
-from chatlora.reading.values import EMPTY, read_list, read_text
+from chatlora.reading.values import read_list, read_text
 
 PAIRS = (  # what a turn that is a whole exchange calls its two texts
     ("human", "assistant"),
@@ -77,8 +77,8 @@ def read_turns(
         at = f"{path}[{index}]"
         pair = _pair_of(turn)
         if pair is not None:
-            found.messages += _exchange(turn, pair, at, problems)
-            found.not_used |= {str(key) for key in turn.keys() - set(pair) if turn[key] not in EMPTY}
+            found.messages += _exchange(turn, pair, at, problems, flags)
+            found.not_used |= unread_keys(turn, None) - set(pair)
             continue
         role_key, content_key = KEYS[_is_sharegpt(turn)]
         turn = _from_gemini(turn)
@@ -109,13 +109,15 @@ def _append(found: Turns, read: Sequence[Message], turn: Any, role_key: str) -> 
     """A call that stands as a turn of its own belongs to the reply in front of it: parallel calls, or text and call."""
     last = found.messages[-1] if found.messages else None
     is_call = isinstance(turn, Mapping) and folded(turn.get(role_key)) in CALL_ROLES
-    if is_call and read and last is not None and last.role == "assistant" and last.loss == read[0].loss:
-        call = read[0]
-        if last.reasoning is None or call.reasoning is None:
-            calls = last.tool_calls + call.tool_calls
-            found.messages[-1] = replace(last, tool_calls=calls, reasoning=last.reasoning or call.reasoning)
-            return
-    found.messages += read
+    if is_call and read and last is not None and (last.role, last.loss, None) == _joins(read[0]):
+        found.messages[-1] = replace(last, tool_calls=last.tool_calls + read[0].tool_calls)
+    else:
+        found.messages += read
+
+
+def _joins(call: Message) -> tuple[str, bool | None, str | None]:
+    """What the message in front of it is like; a thought of its own would come to stand in front of that one's text."""
+    return "assistant", call.loss, call.reasoning
 
 
 def _note(found: Turns, turn: Any, path: str, problems: list[str]) -> None:
@@ -168,9 +170,13 @@ def _pair_of(turn: Any) -> tuple[str, str] | None:
     return next((pair for pair in PAIRS if set(pair) <= turn.keys()), None)
 
 
-def _exchange(turn: Mapping[str, Any], pair: tuple[str, str], path: str, problems: list[str]) -> list[Message]:
+def _exchange(
+    turn: Mapping[str, Any], pair: tuple[str, str], path: str, problems: list[str], flags: Mapping[str, bool]
+) -> list[Message]:
+    report_unknown_flags(turn, {*pair, *flags}, path, problems)
     question, answer = (read_text(turn[key], f"{path}.{key}", problems) for key in pair)
-    return exchange(question, answer)
+    loss = read_loss(turn, path, problems, flags)
+    return [*exchange(question, answer)[:1], *(replace(reply, loss=loss) for reply in exchange(question, answer)[1:])]
 
 
 def exchange(question: str | None, answer: str | None) -> list[Message]:

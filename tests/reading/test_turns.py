@@ -62,6 +62,31 @@ def test_parts_stand_where_a_template_can_keep_them() -> None:
     assert "content[1].type is 'image'" in problem({"role": "assistant", "content": [thought, {"type": "image"}]})
 
 
+def test_parts_and_keys_of_a_message_are_both_read() -> None:
+    thought, text = {"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "So."}
+    (reply,) = messages({"role": "assistant", "content": [thought, text], "tool_calls": [CALL], "name": "ana"})
+    assert reply == Message("assistant", "So.", "hm", (LOOK,), name="ana")
+    told = problem({"role": "assistant", "content": [thought, text], "reasoning_content": "well"})
+    assert "different texts in reasoning_content and parts; keep one" in told
+
+
+def test_a_thought_in_front_of_a_call_keeps_it_apart_from_the_text_before() -> None:
+    thinking = called(content=f"<think>hm</think>{json.dumps(CALL)}")
+    assert messages(USER, {"role": "assistant", "content": "So."}, thinking)[1:] == (
+        Message("assistant", "So."),
+        Message("assistant", "", "hm", (LOOK,)),
+    )
+
+
+def test_pairs_have_flags_as_messages_do() -> None:
+    pairs = [{"input": "q", "output": "bad", "train": False}, {"input": "q", "output": "a", "mood": "glad"}]
+    read = read_row({"conversation": pairs})
+    assert [message.loss for message in read.conversation.messages] == [None, False, None, None]
+    assert read.not_used == {"mood"}
+    with pytest.raises(DataError, match=r"conversation\[0\]\.keep is false, which nothing reads"):
+        parse_row({"conversation": [{"input": "q", "output": "a", "keep": False}]})
+
+
 def test_results_come_before_what_the_user_says_with_them() -> None:
     use = {"type": "tool_use", "id": "c1", "name": "look", "input": {}}
     result = {"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "5"}], "is_error": False}
