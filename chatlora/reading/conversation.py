@@ -73,6 +73,12 @@ def split_reasoning(content: str) -> tuple[str | None, str]:
     return reasoning if reasoning.strip() else None, content[thought.end() :].lstrip("\n")
 
 
+def reply(text: str) -> Message:
+    """The assistant's, a thought at its head set apart."""
+    reasoning, content = split_reasoning(text)
+    return Message("assistant", content, reasoning)
+
+
 def _with_arguments_as_text(message: Message) -> Message:
     calls = tuple(
         call

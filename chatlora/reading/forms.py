@@ -10,7 +10,7 @@ from typing import Any
 from chatlora.errors import did_you_mean
 from chatlora.reading.calls import read_calls, read_tools
 from chatlora.reading.columns import REPLIES
-from chatlora.reading.conversation import Message
+from chatlora.reading.conversation import Message, reply
 from chatlora.reading.fields import Fields
 from chatlora.reading.marked_text import split_glaive_system
 from chatlora.reading.turns import exchange, is_sharegpt
@@ -135,7 +135,7 @@ def _reply(fields: Fields, name: str, problems: list[str]) -> list[Message]:
         messages = fields.take_turns(name, problems).messages
     else:
         text = read_text(fields.take(name), path, problems)
-        messages = exchange("", text)[1:]
+        messages = [] if text is None else [reply(text)]
     thought = fields.peek("reasoning")
     if thought is None or thought in SWITCHES or not messages:
         return messages

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from chatlora.reading.calls import read_tools
-from chatlora.reading.conversation import Message, split_reasoning
+from chatlora.reading.conversation import Message, reply
 from chatlora.reading.flags import flags_of, read_loss, report_unknown_flags
 from chatlora.reading.marked_text import GLAIVE, MOSS, read_glaive, read_moss
 from chatlora.reading.messages import read_message, unread_keys
@@ -157,11 +157,8 @@ def _columns_of_turns(value: Any) -> list[Any] | None:
 def _alternating(texts: Sequence[str], path: str, problems: list[str]) -> Iterator[Message]:
     for index, value in enumerate(texts):
         text = read_text(value, f"{path}[{index}]", problems)
-        if text is not None and index % 2:
-            reasoning, content = split_reasoning(text)
-            yield Message("assistant", content, reasoning)
-        elif text is not None:
-            yield Message("user", text)
+        if text is not None:
+            yield reply(text) if index % 2 else Message("user", text)
 
 
 def _pair_of(turn: Any) -> tuple[str, str] | None:
@@ -176,14 +173,14 @@ def _exchange(
     report_unknown_flags(turn, {*pair, *flags}, path, problems)
     question, answer = (read_text(turn[key], f"{path}.{key}", problems) for key in pair)
     loss = read_loss(turn, path, problems, flags)
-    return [*exchange(question, answer)[:1], *(replace(reply, loss=loss) for reply in exchange(question, answer)[1:])]
+    messages = exchange(question, answer)
+    return [*messages[:1], *(replace(answered, loss=loss) for answered in messages[1:])]
 
 
 def exchange(question: str | None, answer: str | None) -> list[Message]:
     if question is None or answer is None:
         return []
-    reasoning, content = split_reasoning(answer)
-    return [Message("user", question), Message("assistant", content, reasoning)]
+    return [Message("user", question), reply(answer)]
 
 
 def _from_gemini(turn: Any) -> Any:

@@ -15,7 +15,6 @@ from chatlora.rendering.message_parts import REASONING, TEXT
 from chatlora.rendering.template import ChatTemplate
 from chatlora.rendering.turns import Messages, Turn
 
-EMPTY = "its end alone"
 ALIKE = "text in the arguments of a call is written as the number, true, false or null that it spells"
 VALUE = re.compile(r"true|false|null|-?(0|[1-9]\d{0,99})(\.\d{1,99})?")
 LONGEST = 60  # characters of the template's own that are shown
@@ -44,11 +43,9 @@ def template_edits(reply: str, message: Mapping[str, Any], spellings: Iterable[s
         for kind, value in ((REASONING, thought), (TEXT, content))
         if value.strip() and value not in reply and value.strip() in reply
     ]
-    said = _without_stop(reply, spellings)
-    if "tool_calls" not in message and not content.strip() and not thought.strip():
-        found.append(f"an empty reply is rendered as {f'{_shown(said)} and its end' if said.strip() else EMPTY}")
     if "tool_calls" in message or not content.strip():
         return tuple(found)
+    said = _without_stop(reply, spellings)
     text = content if content in said else content.strip()
     before, there, after = said.rpartition(text)
     if text != content:  # what is left of its own space is not put in
