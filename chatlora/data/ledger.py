@@ -182,9 +182,9 @@ def summary_lines(ledger: Mapping[str, Any]) -> list[str]:
 
 def _told_not_used(source: Mapping[str, Any]) -> str:
     """Those that not all rows have are told with how many do: one of them may be a slip."""
-    names = [
-        name if rows == source["rows_read"] else f"{name} (in {rows:,})" for name, rows in source["not_used"].items()
-    ]
+    without = sum(one["reason"] in (UNREAD, LEFT_OUT) for one in source["set_aside"])
+    found = source["not_used"].items()
+    names = [name if rows == source["rows_read"] - without else f"{name} (in {rows:,})" for name, rows in found]
     more = f" and {len(names) - MOST_NOT_USED} more" if len(names) > MOST_NOT_USED else ""
     return f"  not used: {', '.join(names[:MOST_NOT_USED])}{more}"
 

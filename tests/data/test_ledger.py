@@ -64,6 +64,7 @@ def test_rows_that_a_reader_leaves_out_are_counted_and_may_be_most(renderer: Ren
     (account,) = ledger["sources"]
     assert (account["rows_read"], account["rows_used"], len(account["set_aside"])) == (9, 2, 7)
     assert any("set aside 7 x the reader leaves the row out" in line for line in summary_lines(ledger))
+    assert "  not used: id" in summary_lines(ledger)
     reader.write_text(READ.format(every=3))  # another reader, other rows
     assert prepared(source, renderer, tmp_path)["sources"][0]["rows_used"] == 3
     reader.write_text(READ.format(every=10))
