@@ -12,7 +12,7 @@ from chatlora.reading.turns import looks_like_turns
 from chatlora.reading.values import listed
 
 BESIDE: dict[str, tuple[str, ...]] = {  # what else a form may read -> what publishers call it
-    "system": ("system", "system_prompt", "meta_instruction"),
+    "system": ("system", "system_prompt", "meta_instruction", "systemInstruction", "system_instruction"),
     "tools": ("tools", "functions"),
     "input": ("input",),
     "history": ("history",),

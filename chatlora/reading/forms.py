@@ -165,6 +165,8 @@ def _unlearned(message: Message) -> Message:
 
 def _with_system(fields: Fields, messages: list[Message], problems: list[str]) -> list[Message]:
     system = fields.take("system")
+    if isinstance(system, Mapping) and "parts" in system:  # Gemini
+        system = system["parts"]
     if system is None or system == "":
         return messages
     text = read_text(system, fields.path("system"), problems)
