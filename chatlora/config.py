@@ -261,7 +261,7 @@ def _absolute(setting: str, value: Any, *, only_existing: bool = False) -> Any:
     if setting not in PATHS:
         return value
     if isinstance(value, list):
-        return [{**each, "path": _absolute(setting, each["path"], only_existing=only_existing)} for each in value]
+        return [_absolute_source(setting, each, only_existing) for each in value]
     if isinstance(value, dict):
         return {name: _absolute(setting, each, only_existing=only_existing) for name, each in value.items()}
     if not isinstance(value, str):
@@ -270,6 +270,14 @@ def _absolute(setting: str, value: Any, *, only_existing: bool = False) -> Any:
     is_pattern = setting.startswith("data.") and any(character in value for character in "*?[")
     exists = os.path.isdir if setting == "model.name_or_path" else os.path.exists  # of text too long for a name too
     return value if only_existing and not is_pattern and not exists(path) else str(path.absolute())
+
+
+def _absolute_source(setting: str, source: Mapping[str, Any], only_existing: bool) -> dict[str, Any]:
+    named = {**source, "path": _absolute(setting, source["path"], only_existing=only_existing)}
+    file, colon, function = (source.get("reader") or "").rpartition(":")
+    if colon:
+        named["reader"] = _absolute(setting, file, only_existing=only_existing) + colon + function
+    return named
 
 
 def _flat(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

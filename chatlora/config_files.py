@@ -138,7 +138,8 @@ def _names_in(value: Any) -> list[str]:
     if isinstance(value, dict):
         return [name for sources in value.values() for name in _names_in(sources)]
     if isinstance(value, tuple):
-        return [source.path for source in value]
+        readers = [source.reader.rpartition(":")[0] for source in value if source.reader is not None]
+        return [*(source.path for source in value), *readers]
     return [str(value)] if isinstance(value, str | Path) else []
 
 

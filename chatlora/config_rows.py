@@ -7,7 +7,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from chatlora.errors import did_you_mean
 
-RowFormat = Literal["auto", "messages", "conversations", "sharegpt", "alpaca", "prompt_completion"]
+RowFormat = Literal[
+    "auto",
+    "messages",
+    "conversations",
+    "sharegpt",
+    "prompt_completion",
+    "alpaca",
+    "prompt_calls",
+    "self_instruct",
+]
 
 
 class Section(BaseModel):
@@ -21,6 +30,14 @@ class Source(Section):
     format: RowFormat = Field("auto", description="the form of a row; auto recognises it from its columns")
     columns: dict[str, str] = Field(
         {}, description="our column -> the file's, e.g. {prompt: content, completion: summary}"
+    )
+    ignore: tuple[str, ...] = Field(
+        (), description="columns, and keys of messages, that say nothing about training, e.g. [rejected, quality]"
+    )
+    reader: str | None = Field(
+        None,
+        pattern=r"\.py:[A-Za-z_]\w*$",
+        description="FILE.py:FUNCTION of yours that turns a row of the file into one of a known form, or into None",
     )
     repeat: int = Field(1, ge=1, description="how often its training rows are seen in an epoch")
     group_by: str | None = Field(

@@ -112,7 +112,7 @@ ROWS = [  # rows in which something is missing or wrong
     Broken("lone surrogate in a call", second(messages(USER, call_with(name="f", arguments={"a": "\ud800"}))), "{}:2", "half a character", "write the whole"),
     Broken("picture", second(messages({"role": "user", "content": [{"type": "image_url"}]}, REPLY)), "{}:2", "type is 'image_url'", "only parts of type 'text'"),
     Broken("column misspelled", second('{"prompt": "p", "completon": "c"}'), "{}:2", "completion is missing or null", "the row has the columns"),
-    Broken("unknown columns", second('{"question": "p", "answer": "c"}'), "{}:2", "no known form", "name other columns with columns:"),
+    Broken("unknown columns", second('{"head": "p", "body": "c"}'), "{}:2", "no known form", "perhaps columns: {prompt: head, completion: body}"),
     Broken("empty object", second("{}"), "{}:2", "no known form", "chatlora reads messages"),
     Broken("two forms", second('{"prompt": "p", "completion": "c", "instruction": "i", "output": "o"}'), "{}:2", "could be", "say which with format:"),
     Broken("loss as text", second(messages(USER, {**REPLY, "loss": "no"})), "{}:2", "loss is the text 'no'", "true or false"),

@@ -27,8 +27,8 @@ from chatlora.data.workers import Effort, Outcome, Work, num_workers, outcomes
 from chatlora.errors import DataError
 from chatlora.progress import track
 from chatlora.reading.conversation import Conversation
+from chatlora.reading.noted import Noted, Unread
 from chatlora.reading.scan import Input, code_digest, digest, inputs_of, scan
-from chatlora.reading.sources import Unread
 from chatlora.rendering.examples import Example
 from chatlora.rendering.renderer import Renderer
 
@@ -198,15 +198,16 @@ def _rendered(
         accounts = [SourceAccount(each.source.path) for each in inputs]
         work, effort = Work(renderer, data.max_length, data.over_length, data.supervise, data.system), Effort()
         unread: list[list[Unread] | None] = [None if data.on_bad_row == "error" else [] for _ in inputs]
+        noted = [Noted() for _ in inputs]
         numbered = (
             (number, row)
             for number, each in enumerate(inputs)
-            for row in each.conversations(data.system, unread[number])
+            for row in each.conversations(data.system, unread[number], noted[number])
         )
         found = track(outcomes(numbered, work, num_workers(total), effort, say), "rendering", total)
         write_examples(folder, _entered(found, accounts, data.over_length))
-        for account, rows in zip(accounts, unread, strict=True):
-            account.put_unread_aside(rows or [])
+        for account, rows, told in zip(accounts, unread, noted, strict=True):
+            account.note_reading(rows or [], told)
         return {"sources": [asdict(account) for account in accounts], **asdict(effort)}
 
     return built_once(cache / "data" / key, build)

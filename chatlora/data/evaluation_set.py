@@ -10,8 +10,9 @@ from chatlora.data.ledger import SourceAccount, ledger_of, refuse_lost_sources
 from chatlora.errors import DataError, SetAside
 from chatlora.progress import track
 from chatlora.reading.conversation import Conversation
+from chatlora.reading.noted import Noted, Unread
 from chatlora.reading.parts import Chosen
-from chatlora.reading.sources import Unread, files_of
+from chatlora.reading.sources import files_of
 from chatlora.rendering.examples import PROMPT_TOO_LONG, EvalExample
 from chatlora.rendering.remedies import lifted_by
 from chatlora.rendering.renderer import Renderer
@@ -55,10 +56,11 @@ def prepare_evaluation_data(
     problems: list[str] = []
     accounts = [_begun(source, split) for source in sources]
     unread: list[list[Unread] | None] = [None if on_bad_row == "error" else [] for _ in sources]
+    noted = [Noted() for _ in sources]
     samples: list[EvalSample] = []
     single_turns: dict[tuple[int, ...], int] = {}  # the ids of a prompt -> its sample's position
     taken: set[str] = set()
-    for account, conversation in _conversations(sources, split, accounts, system, unread, problems):
+    for account, conversation in _conversations(sources, split, accounts, system, unread, noted, problems):
         try:
             rendered = renderer.render_for_evaluation(
                 conversation,
@@ -86,8 +88,8 @@ def prepare_evaluation_data(
         _add(samples, single_turns, taken, conversation, rendered.examples)
     if problems:
         raise DataError(*problems)
-    for account, rows in zip(accounts, unread, strict=True):
-        account.put_unread_aside(rows or [])
+    for account, rows, of_source in zip(accounts, unread, noted, strict=True):
+        account.note_reading(rows or [], of_source)
     ledger = ledger_of(accounts)
     refuse_lost_sources([asdict(account) for account in accounts])
     assert len(taken) == len(samples)  # processes' parts are put together by id
@@ -100,10 +102,11 @@ def _conversations(
     accounts: Sequence[SourceAccount],
     system: str | None,
     unread: Sequence[list[Unread] | None],
+    noted: Sequence[Noted],
     problems: list[str],
 ) -> Iterator[tuple[SourceAccount, Conversation]]:
-    for source, account, bad in zip(sources, accounts, unread, strict=True):
-        rows = conversations_to_evaluate(source, split, system, bad)
+    for source, account, bad, told in zip(sources, accounts, unread, noted, strict=True):
+        rows = conversations_to_evaluate(source, split, system, bad, told)
         try:
             for conversation in track(rows, f"rendering {source.path}", None):
                 account.rows_read += 1

@@ -10,8 +10,9 @@ from pydantic import ValidationError
 from chatlora.config import Source
 from chatlora.errors import ConfigError, DataError
 from chatlora.reading.conversation import Conversation
+from chatlora.reading.noted import Noted, Unread
 from chatlora.reading.scan import Input
-from chatlora.reading.sources import Unread, fingerprint, read_conversations, with_split
+from chatlora.reading.sources import fingerprint, read_conversations, with_split
 
 HELD_OUT = "held_out.json"
 OTHER_ROWS = "give rows with --data FILE"
@@ -73,10 +74,10 @@ def kept_by(run: Path, split: str) -> list[Any] | None:
 
 
 def conversations_to_evaluate(
-    source: Source, split: str, system: str | None, set_aside: list[Unread] | None
+    source: Source, split: str, system: str | None, set_aside: list[Unread] | None, noted: Noted
 ) -> Iterator[Conversation]:
-    """`read_conversations` of a split's rows, or of those that a run held out: an unreadable row is none of these."""
+    """`read_conversations` of a split's rows, or of those that a run held out: one that gives none is none of these."""
     if not isinstance(source, HeldOutRows):
-        return read_conversations(source, system=system, split=split, set_aside=set_aside)
+        return read_conversations(source, system=system, split=split, set_aside=set_aside, noted=noted)
     unread: list[Unread] | None = None if set_aside is None else []
     return source.among(read_conversations(source, system=system, set_aside=unread))

@@ -8,17 +8,19 @@ from typing import Any
 
 from chatlora.data.alike import alike_lines
 from chatlora.errors import DataError
-from chatlora.reading.sources import Unread
+from chatlora.reading.noted import UNREAD, Noted, Unread
+from chatlora.reading.own_reader import LEFT_OUT
 from chatlora.rendering.control_text import PRIVATE, READ_AS_CONTROL
 from chatlora.rendering.examples import NO_REPLY_FITS, NO_TARGET_LEFT, PROMPT_TOO_LONG, TOO_LONG
 from chatlora.rendering.limits import TOO_MUCH
 from chatlora.rendering.message_parts import DROPS
 from chatlora.rendering.proof import CANNOT_SPELL, FAILED
+from chatlora.rendering.row_kwargs import OTHER_STOP, SPELLS_CONTROL, UNKNOWN
 from chatlora.rendering.template import RAISES
 from chatlora.rendering.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTINUED
 
 MOST_SET_ASIDE = 0.5  # of a source's rows; beyond, the model and the data do not fit each other
-UNREAD = "the row cannot be read"
+MOST_NOT_USED = 12  # names that are told; ledger.json has them all
 LEAKS = "the row leaks into held-out rows"
 MOST_TOO_LONG = 0.05  # of all replies; beyond, it is a warning
 REPLIES_LOST = "replies beyond max_length are lost"
@@ -26,6 +28,8 @@ CUT = "cut at max_length"
 LIFTED_BY = "lifted_by"
 OTHER_TEMPLATE = "set model.chat_template to a Jinja file that renders such rows, or model.chat_template_kwargs"
 REMEDIES = {  # by how a reason begins
+    LEFT_OUT: "look at the function that `reader` names",
+    **dict.fromkeys((UNKNOWN, SPELLS_CONTROL, OTHER_STOP), "ignore: [chat_template_kwargs] leaves them unread"),
     UNREAD: "mend the rows; data.on_bad_row: error tells all that is wrong with them",
     LEAKS: "look at what the files share; data.on_leak: warn trains on such rows all the same",
     TOO_LONG: "raise data.max_length, or set data.over_length to fit or cut",
@@ -55,8 +59,9 @@ class SourceAccount:
     template of the package was found to render it. altered: how many turns
     the template changed without losing anything, by kind. replies: of all rows but those set aside for something else
     than their length; too_long: the `max_length` that each of them takes which is lost or cut, None where nobody
-    measured it. part, left: which part of the source was read, where it has several, and those that were not, with how
-    many files each (0: of the hub).
+    measured it. not_used: column or key of a message -> in how many rows it holds something that nothing reads. part,
+    left: which part of the source was read, where it has several, and those that were not, with how many files each (0:
+    of the hub).
     """
 
     path: str
@@ -71,16 +76,19 @@ class SourceAccount:
     altered: dict[str, int] = field(default_factory=dict)
     replies: int = 0
     too_long: list[int | None] = field(default_factory=list)
+    not_used: dict[str, int] = field(default_factory=dict)
     part: str | None = None
     left: dict[str, int] = field(default_factory=dict)
 
     def put_aside(self, place: str | None, reason: str, detail: str, lifted_by: str = "") -> None:
         self.set_aside.append(entry(place, reason, detail) | ({LIFTED_BY: lifted_by} if lifted_by else {}))
 
-    def put_unread_aside(self, unread: Sequence[Unread]) -> None:
-        """The rows that could not be read, before the others."""
-        self.rows_read += len(unread)
-        self.set_aside[:0] = [entry(row.place, UNREAD, row.problem) for row in unread]
+    def note_reading(self, unread: Sequence[Unread], noted: Noted) -> None:
+        """What came of reading the rows beside conversations; those that gave none stand before the others."""
+        without = [*unread, *noted.left_out]
+        self.rows_read += len(without)
+        self.set_aside[:0] = [entry(row.place, row.reason, row.problem) for row in without]
+        self.not_used = dict(sorted(noted.not_used.items(), key=lambda item: (-item[1], item[0])))
 
     def note_altered(self, altered: Mapping[str, int]) -> None:
         for kind, turns in altered.items():
@@ -128,7 +136,8 @@ def refuse_lost_sources(sources: Sequence[Mapping[str, Any]]) -> None:
     problems = []
     for source in sources:
         lost, read = len(source["set_aside"]), source["rows_read"]
-        if lost <= MOST_SET_ASIDE * read and lost < read:
+        meant = sum(one["reason"] == LEFT_OUT for one in source["set_aside"])
+        if lost - meant <= MOST_SET_ASIDE * (read - meant) and lost < read:
             continue
         which = f"all {read:,}" if lost == read else f"{lost:,} of {read:,}"
         remedies = {_remedy(one) for one in source["set_aside"]} - {""}
@@ -163,11 +172,21 @@ def summary_lines(ledger: Mapping[str, Any]) -> list[str]:
         lines += (
             [f"  of its parts {source['part']} is read; left: {_told_left(source['left'])}"] if source["left"] else []
         )
+        lines += [_told_not_used(source)] if source["not_used"] else []
         lines += [f"  set aside {reason}" for reason in counted(source["set_aside"])]
         lines += [f"  not whole: {reason}" for reason in counted(source["cut"])]
         lines += [f"  in {turns:,} turns {kind} by the chat template" for kind, turns in source["altered"].items()]
     lines += [_told_too_long(ledger)] if ledger["replies_too_long"] else []
     return lines + alike_lines(ledger.get("alike", {}))
+
+
+def _told_not_used(source: Mapping[str, Any]) -> str:
+    """Those that not all rows have are told with how many do: one of them may be a slip."""
+    without = sum(one["reason"] in (UNREAD, LEFT_OUT) for one in source["set_aside"])
+    found = source["not_used"].items()
+    names = [name if rows == source["rows_read"] - without else f"{name} (in {rows:,})" for name, rows in found]
+    more = f" and {len(names) - MOST_NOT_USED} more" if len(names) > MOST_NOT_USED else ""
+    return f"  not used: {', '.join(names[:MOST_NOT_USED])}{more}"
 
 
 def _told_left(left: Mapping[str, int]) -> str:

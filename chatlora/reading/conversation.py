@@ -6,7 +6,8 @@ Content is kept byte for byte as it stood in the file. Roles are the field's: sy
 
 import json
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, get_args
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -42,12 +43,14 @@ class Conversation:
     """Messages in order, the tools on offer (JSON schemas, as chat templates want them) and where the row stands.
 
     group: what the source's `group_by` says of it; rows of one group are held out together.
+    template_kwargs: what the chat template is told for this row, over `model.chat_template_kwargs`.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
     place: str | None = None
     group: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def as_template_input(self) -> list[dict[str, Any]]:
         """The messages as `apply_chat_template` takes them. Absent fields are left out: some templates print `None`."""
@@ -68,6 +71,12 @@ def split_reasoning(content: str) -> tuple[str | None, str]:
         return None, content
     reasoning = thought[1].strip("\n")
     return reasoning if reasoning.strip() else None, content[thought.end() :].lstrip("\n")
+
+
+def reply(text: str) -> Message:
+    """The assistant's, a thought at its head set apart."""
+    reasoning, content = split_reasoning(text)
+    return Message("assistant", content, reasoning)
 
 
 def _with_arguments_as_text(message: Message) -> Message:

@@ -11,6 +11,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from chatlora.reading.arrow import cleaner_of
 from chatlora.reading.json_files import read_json, read_jsonl
 from chatlora.reading.streams import PACKED, BadRow, Row, Rows, endings_of, opened
 
@@ -102,23 +103,25 @@ def read_arrow(path: Path, name: str) -> Rows:
 def _rows_of(batches: Iterable[Any], name: str, form: str) -> Rows:
     import pyarrow as pa
 
+    number = 0
     try:
         slices = (batch.slice(at, ROWS_AT_A_TIME) for batch in batches for at in range(0, len(batch), ROWS_AT_A_TIME))
-        for number, row in enumerate((row for each in slices for row in each.to_pylist()), start=1):
-            yield without_nulls(row), f"{name}: row {number}"
+        for each in slices:
+            clean = cleaner_of(each.schema)
+            for row in each.to_pylist():
+                number += 1
+                yield cleaned_row(clean, row), f"{name}: row {number}"
     except (pa.ArrowException, OSError) as error:
         found = " ".join(str(error).split())
         problem = f"not readable as {form} ({found}); was the file cut while it was copied? Copy it again"
         yield BadRow(problem, ends=True), name
 
 
-def without_nulls(value: Any) -> Any:
-    """A value out of Arrow, where every struct has every field: null there means absent."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
+def cleaned_row(clean: Callable[[Row], Row], row: Row) -> Row | BadRow:
+    try:
+        return clean(row)
+    except ValueError as error:
+        return BadRow(str(error))
 
 
 Reader = Callable[[Path, str], Rows]

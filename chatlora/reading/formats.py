@@ -5,38 +5,40 @@ messages            messages: [{role, content, tool_calls, reasoning_content, lo
 conversations       conversations: the same with ChatGLM3's roles (observation, tool), tools
 sharegpt            conversations: [{from, value}] with function_call and observation, system, tools
 alpaca              instruction, input, output, history: [[question, answer]], system
-prompt_completion   prompt, completion: two texts, or two lists of messages, system, tools
+prompt_completion   prompt, completion: each a text or a list of messages, history, system, tools
+prompt_calls        prompt, calls: what the assistant calls, tools
 
-The form is recognised from the columns or stated; `columns` gives a file's own names for ours. Columns beside those
-of the form (ids, metadata) are left alone, and text is kept byte for byte.
+The form is recognised from the columns or stated; `columns` gives a file's own names for ours, and columns.py knows
+those of published sets. Columns beside those of the form (ids, metadata) are named as not used, and text is kept byte
+for byte.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from chatlora.config import RowFormat
 from chatlora.errors import DataError, did_you_mean
-from chatlora.reading.conversation import Conversation, Message, split_reasoning
-from chatlora.reading.messages import (
-    described,
-    parse_json,
-    read_loss,
-    read_message,
-    read_text,
-    read_tool_call,
-    read_tools,
-)
+from chatlora.reading.columns import BESIDE, TURN_COLUMNS, implied_columns, likeliest_columns, refused_columns
+from chatlora.reading.conversation import Conversation, Message
+from chatlora.reading.fields import Fields
+from chatlora.reading.forms import FORMS, read_form, read_kwargs, read_offered
+from chatlora.reading.turns import MESSAGE_KEYS
+from chatlora.reading.values import EMPTY, listed
 
-FORM_COLUMNS: dict[str, tuple[str, ...]] = {  # what a row needs, in the order in which forms are tried
-    "messages": ("messages",),
-    "conversations": ("conversations",),  # a turn with from and value is read as ShareGPT's all the same
-    "sharegpt": ("conversations",),
-    "prompt_completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-}
-BESIDE = ("system", "tools", "functions", "input", "history")  # what else a form may read
-KNOWN_COLUMNS = (*dict.fromkeys(name for names in FORM_COLUMNS.values() for name in names), *BESIDE)
+MAIN_COLUMNS = tuple(dict.fromkeys(name for form in FORMS.values() for name in form.needs))
+OWN_NAMES = (*MAIN_COLUMNS, *BESIDE, *MESSAGE_KEYS)  # what `columns` may name
+OURS = {name: name for name in MAIN_COLUMNS} | {name: ours for ours, names in BESIDE.items() for name in names}
+MOST_WAYS = 4  # of reading a row that are told
+KNOWN_COLUMNS = (*OWN_NAMES, *TURN_COLUMNS[:-2])  # the last two are what files call their list of rows
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRow:
+    """The conversation, and the row's columns and keys of messages that nothing read."""
+
+    conversation: Conversation
+    not_used: set[str]
 
 
 def parse_row(
@@ -44,210 +46,118 @@ def parse_row(
     *,
     format: RowFormat = "auto",
     columns: Mapping[str, str] | None = None,
+    ignore: Sequence[str] = (),
     place: str | None = None,
 ) -> Conversation:
     """The conversation that a row holds.
 
-    `columns` maps our column to the row's, e.g. `{"prompt": "content", "completion": "summary"}`.
+    `columns` maps our column to the row's, e.g. `{"prompt": "content", "completion": "summary"}`, or our key of a
+    message to the row's, e.g. `{"role": "speaker"}`; `ignore` names columns and keys that say nothing.
     Raises DataError with everything that is wrong with this row, each sentence beginning with `place`.
     A row without an assistant's turn is no mistake here: it has nothing to learn, which rendering counts.
     """
+    return read_row(row, format=format, columns=columns, ignore=ignore, place=place).conversation
+
+
+def read_row(
+    row: Mapping[str, Any],
+    *,
+    format: RowFormat = "auto",
+    columns: Mapping[str, str] | None = None,
+    ignore: Sequence[str] = (),
+    place: str | None = None,
+) -> ReadRow:
+    """As `parse_row`, with what nothing read."""
     problems: list[str] = []
-    fields = _renamed(row, columns or {}, problems)
     messages: list[Message] = []
     tools: tuple[dict[str, Any], ...] = ()
-    form = _form_of(fields, format, problems) if not problems else None
+    kwargs: dict[str, Any] = {}
+    fields = _named(row, columns or {}, frozenset(ignore), problems)
+    form = _form_of(fields, format, set(columns or {}) & set(MAIN_COLUMNS), problems) if not problems else None
     if form is not None:
-        messages = _read_form(form, fields, problems)
-        offered = "tools" if fields.get("tools") is not None else "functions"
-        tools = read_tools(fields.get(offered), offered, problems)
-        if not problems and not _is_chatglm3(form, fields):
-            _check_results(messages, problems)
+        messages = read_form(form, fields, problems)
+        tools = read_offered(fields, problems)
+        kwargs = read_kwargs(fields, problems)
     if problems:
         prefix = f"{place}: " if place else ""
         raise DataError(*(f"{prefix}{problem}" for problem in problems))
-    return Conversation(tuple(messages), tools, place)
+    return ReadRow(Conversation(tuple(messages), tools, place, template_kwargs=kwargs), fields.not_used())
 
 
-def _is_chatglm3(form: str, fields: Mapping[str, Any]) -> bool:
-    """Whether observations may stand anywhere, as they might for the original."""
-    return form == "conversations" and not any(map(_is_sharegpt, fields[form]))
-
-
-def _check_results(messages: Sequence[Message], problems: list[str]) -> None:
-    """A tool's result stands behind a call: the assistant's, which some data sets write as text."""
-    called: list[str] = []
-    for index, message in enumerate(messages):
-        called += [call.id for call in message.tool_calls if call.id is not None]
-        which = f"message {index + 1} of {len(messages)} is a tool's result"
-        if message.role == "tool" and (index == 0 or messages[index - 1].role not in ("assistant", "tool")):
-            problems.append(f"{which}, but no assistant's message is in front of it; put the call there")
-        elif message.tool_call_id is not None and called and message.tool_call_id not in called:
-            remedy = did_you_mean(message.tool_call_id, called) or f"; the ids are {', '.join(called)}"
-            problems.append(f"{which} for the call {message.tool_call_id!r}, which is not in front of it{remedy}")
-
-
-def _renamed(row: Mapping[str, Any], columns: Mapping[str, str], problems: list[str]) -> dict[str, Any]:
-    """The known columns of the row under our names. A null column is absent: Parquet cannot tell them apart."""
+def _named(row: Mapping[str, Any], columns: Mapping[str, str], ignored: frozenset[str], problems: list[str]) -> Fields:
+    """The row under our names: its own where they are ours, those of other sets, and those that `columns` gives."""
+    keys = {MESSAGE_KEYS[ours]: theirs for ours, theirs in columns.items() if ours in MESSAGE_KEYS}
+    columns = {ours: theirs for ours, theirs in columns.items() if ours not in MESSAGE_KEYS}
     for ours, theirs in columns.items():
-        if ours not in KNOWN_COLUMNS:
-            remedy = did_you_mean(ours, KNOWN_COLUMNS) or f"; known are {', '.join(KNOWN_COLUMNS)}"
+        if ours not in OWN_NAMES:
+            remedy = did_you_mean(ours, OWN_NAMES) or f"; known are {', '.join(OWN_NAMES)}"
             problems.append(f"columns: {ours!r} is no column of any form{remedy}")
         elif theirs not in row:
-            remedy = did_you_mean(theirs, row) or f"; it has {_listed(row)}"
+            remedy = did_you_mean(theirs, row) or f"; it has {_told_columns(row)}"
             problems.append(f"columns.{ours}: the row has no column {theirs!r}{remedy}")
-    taken = set(columns.values())
-    forms_are_mapped = any(ours not in BESIDE for ours in columns)
-    fields = {
-        name: row[name]
-        for name in (BESIDE if forms_are_mapped else KNOWN_COLUMNS)
-        if row.get(name) is not None and name not in taken
-    }
-    fields.update((ours, row[theirs]) for ours, theirs in columns.items() if row.get(theirs) is not None)
-    if not fields and not problems:
-        problems.append(_unrecognised(row))
+    spoken_for = ignored | set(columns.values())
+    problems += refused_columns(row, spoken_for)
+    fields = Fields(row, keys, ignored)
+    for name, value in row.items():
+        own = OURS.get(name)
+        if own is None or name in spoken_for or value is None or (own in BESIDE and value in EMPTY):
+            continue
+        if own == "system" and own in fields.names and own not in columns and value != fields.peek(own):
+            problems.append(f"{fields.path(own)} and {name} say different things; ignore: [{name}] keeps the first")
+        fields.names.setdefault(own, name)
+    fields.name(columns)
     return fields
 
 
-def _form_of(fields: Mapping[str, Any], stated: RowFormat, problems: list[str]) -> str | None:
+def _form_of(fields: Fields, stated: RowFormat, mapped: set[str], problems: list[str]) -> str | None:
     """The form of the row. A list of messages comes before anything else: many sets keep the bare prompt beside it."""
     if stated != "auto":
         _report_missing(fields, stated, problems)
         return None if problems else stated
-    complete = [form for form, names in FORM_COLUMNS.items() if all(name in fields for name in names)]
+    complete = _complete(fields, mapped)
+    if not complete:
+        row = {name: value for name, value in fields.row.items() if name not in fields.ignored}
+        possible = [columns for columns in implied_columns(row) if mapped <= columns.keys() - BESIDE.keys()]
+        if len(possible) > 1:
+            ways = " or ".join(f"columns: {_as_yaml(columns)}" for columns in possible[:MOST_WAYS])
+            problems.append(f"{_told_columns(row)} can be read in several ways; say which: {ways}")
+            return None
+        fields.name(possible[0] if possible else {})
+        complete = _complete(fields, mapped)
     if len(complete) == 1 or complete[:1] == ["messages"] or complete[:2] == ["conversations", "sharegpt"]:
         return complete[0]
     if complete:
         problems.append(f"the row could be {' or '.join(complete)}; say which with format: {complete[0]}")
         return None
-    begun = next((form for form, names in FORM_COLUMNS.items() if any(name in fields for name in names)), None)
-    if begun is None:
-        problems.append(_unrecognised(fields))
-    else:
+    begun = next((name for name, form in FORMS.items() if any(column in fields.names for column in form.needs)), None)
+    if begun is not None:
         _report_missing(fields, begun, problems)
+    else:
+        misspelled = next(filter(None, (did_you_mean(name, MAIN_COLUMNS) for name in map(str, fields.row))), ";")
+        problems.append(
+            f"no known form: the row has {_told_columns(fields.row)}{misspelled} chatlora reads messages, "
+            f"conversations, prompt with completion, or instruction with output; {likeliest_columns(fields.row)}"
+        )
     return None
 
 
-def _report_missing(fields: Mapping[str, Any], form: str, problems: list[str]) -> None:
-    for name in FORM_COLUMNS[form]:
-        if name not in fields:
-            problems.append(f"{name} is missing or null, which the form {form} needs; the row has {_listed(fields)}")
+def _complete(fields: Fields, mapped: set[str]) -> list[str]:
+    """The forms whose columns are all there, and that take all that the source's `columns` names."""
+    return [name for name, form in FORMS.items() if mapped <= set(form.needs) <= fields.names.keys()]
 
 
-def _unrecognised(row: Mapping[str, Any]) -> str:
-    remedy = next(filter(None, (did_you_mean(name, KNOWN_COLUMNS) for name in map(str, row))), ";")
-    return (
-        f"no known form: the row has {_listed(row)}{remedy} chatlora reads messages, conversations, prompt with "
-        "completion, or instruction with output; name other columns with columns: {prompt: ..., completion: ...}"
-    )
+def _report_missing(fields: Fields, form: str, problems: list[str]) -> None:
+    for name in FORMS[form].needs:
+        if name not in fields.names:
+            problems.append(
+                f"{name} is missing or null, which the form {form} needs; the row has {_told_columns(fields.row)}; "
+                f"{likeliest_columns(fields.row)}"
+            )
 
 
-def _listed(row: Iterable[Any]) -> str:
-    names = list(map(str, row))
-    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    return f"the columns {shown}" if names else "no columns"
+def _told_columns(row: Mapping[str, Any]) -> str:
+    return f"the columns {listed(row)}" if row else "no columns"
 
 
-def _read_form(form: str, fields: Mapping[str, Any], problems: list[str]) -> list[Message]:
-    if form == "alpaca":
-        messages = _read_alpaca(fields, problems)
-    elif form == "prompt_completion":
-        messages = _read_prompt_completion(fields, problems)
-    else:
-        messages = _read_turns(form, fields, problems)
-    return _with_system_column(fields.get("system"), messages, problems)
-
-
-def _read_turns(form: str, fields: Mapping[str, Any], problems: list[str]) -> list[Message]:
-    (column,) = FORM_COLUMNS[form]
-    messages = []
-    for index, turn in enumerate(_read_list(fields[column], column, problems)):
-        read = _read_sharegpt_turn if form == "sharegpt" or _is_sharegpt(turn) else read_message
-        messages += read(turn, f"{column}[{index}]", problems)
-    return messages
-
-
-def _is_sharegpt(turn: Any) -> bool:
-    return isinstance(turn, Mapping) and "role" not in turn and ("from" in turn or "value" in turn)
-
-
-def _read_sharegpt_turn(turn: Any, path: str, problems: list[str]) -> list[Message]:
-    if not isinstance(turn, Mapping) or turn.get("from") != "function_call":
-        return read_message(turn, path, problems, role_key="from", content_key="value")
-    path = f"{path}.value"
-    value, reasoning = turn.get("value"), None
-    if isinstance(value, str):
-        reasoning, text = split_reasoning(value)
-        value = parse_json(text, path, problems)
-    elif value is None:
-        problems.append(f"{path} is missing or null; it is a call with name and arguments")
-    if value is None:
-        return []
-    calls = value if isinstance(value, list) else [value]
-    read = [read_tool_call(call, f"{path}[{i}]" if calls is value else path, problems) for i, call in enumerate(calls)]
-    tool_calls = tuple(call for call in read if call is not None)
-    return [Message("assistant", "", reasoning, tool_calls, loss=read_loss(turn, path, problems))]
-
-
-def _read_alpaca(fields: Mapping[str, Any], problems: list[str]) -> list[Message]:
-    messages: list[Message] = []
-    for index, pair in enumerate(_read_list(fields.get("history") or [], "history", problems)):
-        path = f"history[{index}]"
-        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            problems.append(f"{path} is {described(pair)}, not a pair [question, answer]")
-            continue
-        messages += _exchange(read_text(pair[0], f"{path}[0]", problems), read_text(pair[1], f"{path}[1]", problems))
-    instruction = read_text(fields["instruction"], "instruction", problems)
-    details = read_text(fields.get("input", ""), "input", problems)
-    question = "\n".join(part for part in (instruction, details) if part)  # as LLaMA-Factory joins them
-    return messages + _exchange(question, read_text(fields["output"], "output", problems))
-
-
-def _read_prompt_completion(fields: Mapping[str, Any], problems: list[str]) -> list[Message]:
-    """Two texts, or two lists of messages of which only the completion's are to be learned (as in TRL)."""
-    prompt, completion = fields["prompt"], fields["completion"]
-    if not isinstance(prompt, list) and not isinstance(completion, list):
-        return _exchange(read_text(prompt, "prompt", problems), read_text(completion, "completion", problems))
-    if not isinstance(prompt, list) or not isinstance(completion, list):
-        problems.append("prompt and completion are two texts or two lists of messages, not one of each")
-        return []
-    context = [m for i, turn in enumerate(prompt) for m in read_message(turn, f"prompt[{i}]", problems)]
-    reply = [m for i, turn in enumerate(completion) for m in read_message(turn, f"completion[{i}]", problems)]
-    return [_unlearned(message) for message in context] + reply
-
-
-def _unlearned(message: Message) -> Message:
-    if message.role != "assistant" or message.loss is not None:
-        return message
-    return replace(message, loss=False)
-
-
-def _exchange(question: str | None, answer: str | None) -> list[Message]:
-    if question is None or answer is None:
-        return []
-    reasoning, content = split_reasoning(answer)
-    return [Message("user", question), Message("assistant", content, reasoning)]
-
-
-def _read_list(value: Any, column: str, problems: list[str]) -> list[Any]:
-    """A list, or the JSON text of one, as CSV and some Parquet files hold it."""
-    if isinstance(value, str):
-        value = parse_json(value, column, problems)
-        if value is None:
-            return []
-    if not isinstance(value, list):
-        problems.append(f"{column} is {described(value)}, not a list")
-        return []
-    return value
-
-
-def _with_system_column(system: Any, messages: list[Message], problems: list[str]) -> list[Message]:
-    if system is None or system == "":
-        return messages
-    text = read_text(system, "system", problems)
-    if text is None:
-        return messages
-    stated = [message.content for message in messages if message.role == "system"]
-    if stated and stated != [text]:
-        problems.append("the column system and a system message say different things; keep one of them")
-    return messages if stated else [Message("system", text), *messages]
+def _as_yaml(columns: Mapping[str, str]) -> str:
+    return f"{{{', '.join(f'{ours}: {theirs}' for ours, theirs in columns.items())}}}"

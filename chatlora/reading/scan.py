@@ -19,7 +19,8 @@ from chatlora.disk import sha256_of
 from chatlora.errors import DataError
 from chatlora.progress import track
 from chatlora.reading.conversation import Conversation
-from chatlora.reading.sources import Unread, look_at, read_conversations
+from chatlora.reading.noted import Noted, Unread
+from chatlora.reading.sources import look_at, read_conversations
 
 MAKERS = ("reading", "rendering", "data")  # the folders whose code decides what an example is
 SOURCES = (".py", ".jinja")
@@ -41,10 +42,13 @@ class Input:
         """All that its conversations and their places depend on."""
         source = self.source
         columns = sorted(source.columns.items())
-        return [source.path, self.sha256, source.format, columns, source.split or self.split, source.group_by]
+        read_as = [source.format, columns, sorted(source.ignore), source.reader]
+        return [source.path, self.sha256, *read_as, source.split or self.split, source.group_by]
 
-    def conversations(self, system: str | None = None, set_aside: list[Unread] | None = None) -> Iterator[Conversation]:
-        return read_conversations(self.source, system=system, split=self.split, set_aside=set_aside)
+    def conversations(
+        self, system: str | None = None, set_aside: list[Unread] | None = None, noted: Noted | None = None
+    ) -> Iterator[Conversation]:
+        return read_conversations(self.source, system=system, split=self.split, set_aside=set_aside, noted=noted)
 
 
 @dataclass(frozen=True, slots=True)

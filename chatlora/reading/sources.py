@@ -10,16 +10,19 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from chatlora.config import Source
 from chatlora.disk import sha256_of
 from chatlora.embedded_model import EMBEDDED
 from chatlora.errors import DataError, did_you_mean, similar_beside
 from chatlora.hub import why_unreachable
+from chatlora.reading.arrow import cleaner_of
 from chatlora.reading.conversation import Conversation, Message
-from chatlora.reading.files import ENDINGS, READERS, reader_of, without_nulls
-from chatlora.reading.formats import parse_row
+from chatlora.reading.files import ENDINGS, READERS, cleaned_row, reader_of
+from chatlora.reading.formats import read_row
+from chatlora.reading.noted import Noted, Unread
+from chatlora.reading.own_reader import LEFT_OUT, OwnReader, own_reader, sha256_of_reader
 from chatlora.reading.parts import Chosen, choose, files_in, part_of
 from chatlora.reading.streams import NOT_READ, PACKED, BadRow, Rows, unreadable
 
@@ -30,13 +33,6 @@ LEAVE_OUT = "To train without such rows: --data.on_bad_row set_aside, which name
 MOST_PROBLEMS = 10_000  # reading stops after so many mistakes
 OTHER_ENDINGS = (".txt", ".zip", ".tar", ".xlsx", ".yaml", ".yml", ".md", ".py")
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(:[\w.-]+)?")
-
-
-class Unread(NamedTuple):
-    """A row that cannot be read, and why."""
-
-    place: str
-    problem: str
 
 
 def read_rows(source: Source, *, split: str = "train") -> Iterator[tuple[Mapping[str, Any], str]]:
@@ -56,14 +52,20 @@ def read_rows(source: Source, *, split: str = "train") -> Iterator[tuple[Mapping
 
 
 def read_conversations(
-    source: Source, *, system: str | None = None, split: str = "train", set_aside: list[Unread] | None = None
+    source: Source,
+    *,
+    system: str | None = None,
+    split: str = "train",
+    set_aside: list[Unread] | None = None,
+    noted: Noted | None = None,
 ) -> Iterator[Conversation]:
     """The conversations of a source, in order; `system` is put before those that have no system message.
 
     `set_aside` takes the rows that cannot be read. Where there is none, or where nothing behind such a row can be read
     either, it is a mistake: after the first one nothing more is yielded, further ones are looked for, and one DataError
-    is raised with all.
+    is raised with all. `noted` takes what else there is to tell of the rows.
     """
+    reader, noted = own_reader(source.reader), noted or Noted()
     problems: list[str] = []
     any_good = any_to_leave_out = False
     for row, place in _rows(source, split):
@@ -72,8 +74,7 @@ def read_conversations(
             found, ends = [f"{place}: {row.problem}"], row.ends
         else:
             try:
-                conversation = parse_row(row, format=source.format, columns=source.columns, place=place)
-                conversation = _grouped(conversation, row, source.group_by)
+                conversation = _read(row, place, source, reader, noted)
             except DataError as error:
                 found = list(error.problems)
         if found and set_aside is not None and not ends:
@@ -90,6 +91,19 @@ def read_conversations(
         raise DataError(*problems, way_on=LEAVE_OUT if any_good and any_to_leave_out else "")
 
 
+def _read(
+    row: Mapping[str, Any], place: str, source: Source, reader: OwnReader | None, noted: Noted
+) -> Conversation | None:
+    """None where the source's own reader leaves the row out. Raises DataError with all that is wrong with it."""
+    ours = row if reader is None else reader.read(row, place)
+    if ours is None:
+        noted.left_out.append(Unread(place, "", LEFT_OUT))
+        return None
+    read = read_row(ours, format=source.format, columns=source.columns, ignore=source.ignore, place=place)
+    noted.note_not_used(read.not_used - {source.group_by})
+    return _grouped(read.conversation, row, source.group_by)
+
+
 def look_at(source: Source, *, split: str = "train") -> tuple[str, Chosen]:
     """sha256 over the contents of a source's files (of a hub data set: of those in the local cache), and which."""
     digest = hashlib.sha256()
@@ -99,6 +113,8 @@ def look_at(source: Source, *, split: str = "train") -> tuple[str, Chosen]:
         digest.update((source.split or split).encode())
     for path, _ in chosen.files:
         digest.update(bytes.fromhex(sha256_of(path)))
+    if source.reader is not None:
+        digest.update(bytes.fromhex(sha256_of_reader(source.reader)))
     return digest.hexdigest(), chosen
 
 
@@ -205,8 +221,10 @@ def _looks_like_file(named: str, path: Path) -> bool:
 
 def _hub_rows(source: Source, split: str) -> Rows:
     name = f"{source.path}[{source.split or split}]"
-    for number, row in enumerate(_hub_dataset(source, split), start=1):
-        yield without_nulls(row), f"{name}: row {number}"
+    dataset = _hub_dataset(source, split)
+    clean = cleaner_of(dataset.features.arrow_schema)
+    for number, row in enumerate(dataset, start=1):
+        yield cleaned_row(clean, row), f"{name}: row {number}"
 
 
 def _hub_dataset(source: Source, split: str) -> "Dataset":

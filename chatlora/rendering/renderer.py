@@ -8,6 +8,7 @@
     ids       drafts.py         one encoding, spans from offsets
     lengths   examples.py       what an example is, and what over_length leaves of it
     proof     proof.py          of every example, by other means
+    rows      row_kwargs.py     what a row alone tells the template
     bounds    limits.py         on time and memory of it all
 
 Most templates give one example a conversation. A template that renders a reply otherwise once more messages follow
@@ -17,7 +18,6 @@ Most templates give one example a conversation. A template that renders a reply 
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import date
 from time import perf_counter
 from typing import Any, Self
@@ -41,8 +41,9 @@ from chatlora.rendering.examples import (
 )
 from chatlora.rendering.limits import PROBE, bounded, bounds_for
 from chatlora.rendering.proof import Proof
-from chatlora.rendering.template import ChatTemplate, chat_template_of, resolve_template_kwargs, template_messages
-from chatlora.rendering.template_edits import template_edits
+from chatlora.rendering.row_kwargs import RowKwargs, Under
+from chatlora.rendering.template import ChatTemplate, chat_template_of, template_messages
+from chatlora.rendering.template_edits import with_template_edits
 from chatlora.rendering.turns import NO_TARGET, StopTokens, Turn, check_context, read_tool_message, read_turn, targets
 
 __all__ = [
@@ -52,8 +53,6 @@ __all__ = [
     "Rendered",
     "RenderedForEvaluation",
     "Renderer",
-    "render",
-    "render_for_evaluation",
 ]
 
 
@@ -100,6 +99,7 @@ class Renderer:
             self._stops = StopTokens(self._template, self._text.spellings, tokenizer.eos_token_id, generation_stop_ids)
         self.stop_ids = self._stops.ids
         self._proof = Proof(tokenizer, self._template, self._text, self.stop_ids)
+        self._row_kwargs = RowKwargs(tokenizer, self._text, generation_stop_ids)
         self.proof_seconds = 0.0
         described = [self._text.digest, self._template.digest(), str(self.stop_ids)]
         self.fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()
@@ -174,7 +174,7 @@ class Renderer:
         """The ids of the whole conversation and the generation prompt after it."""
         messages, tools = self._masked(conversation)
         with bounded(bounds_for(conversation)):
-            return self._text.encode(self._template.render(messages, tools, prompt=True)).ids
+            return self._text.encode(self._at(conversation).template.render(messages, tools, prompt=True)).ids
 
     def turns(self, conversation: Conversation, supervise: Supervise = "all") -> list[Turn]:
         """The supervised turns as text. Raises SetAside as `render` does."""
@@ -184,7 +184,8 @@ class Renderer:
         """Raises SetAside unless `example` is exactly that of these turns; see `proof.Proof.prove`."""
         began = perf_counter()
         try:
-            self._proof.prove(example.input_ids, example.labels, self._as_taken(conversation), turns)
+            taken = self._as_taken(conversation)
+            self._at(conversation).proof.prove(example.input_ids, example.labels, taken, turns)
         finally:
             self.proof_seconds += perf_counter() - began
 
@@ -201,6 +202,12 @@ class Renderer:
 
     # ---- text
 
+    def _at(self, conversation: Conversation) -> Under:
+        """The template, as this row has it."""
+        if not conversation.template_kwargs:
+            return Under(self._template, self._stops, self._proof)
+        return self._row_kwargs.under(self._template, conversation.template_kwargs, self.stop_ids)
+
     def _masked(self, conversation: Conversation) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         mask = self._text.mask
         messages = [
@@ -215,32 +222,29 @@ class Renderer:
     def _turns(self, conversation: Conversation, supervise: Supervise) -> tuple[str, list[Turn]]:
         indices = targets(conversation, supervise)
         messages, tools = self._masked(conversation)
-        full = self._template.render(messages, tools, prompt=False)
+        (template, stops, _), spellings = self._at(conversation), self._text.spellings.values()
+        full = template.render(messages, tools, prompt=False)
         turns = []
         for index in indices:
             read = read_turn if conversation.messages[index].role == "assistant" else read_tool_message
-            turn = read(self._template, self._stops, messages, tools, index, full)
-            turns.append(self._with_template_edits(turn, messages))
+            turn = read(template, stops, messages, tools, index, full)
+            turns.append(with_template_edits(turn, template, messages, tools, spellings))
         for turn in (turns[0], turns[-1]) if len(turns) > 1 else turns:
-            check_context(self._template, messages, tools, turn)
+            check_context(template, messages, tools, turn)
         return full, turns
 
     def _drafts_for_evaluation(self, conversation: Conversation, supervise: Supervise) -> list[Draft]:
         """One for each assistant turn that is a target, rendered as the last message and proved."""
         messages, tools = self._masked(conversation)
+        (template, stops, _), spellings = self._at(conversation), self._text.spellings.values()
         drafts = []
         for index in self._assistant_targets(conversation, supervise):
-            turn = read_turn(self._template, self._stops, messages[: index + 1], tools, index, None)
-            check_context(self._template, messages, tools, turn)
-            drafts.append(draft_alone(self._text, self._with_template_edits(turn, messages)))
+            turn = read_turn(template, stops, messages[: index + 1], tools, index, None)
+            check_context(template, messages, tools, turn)
+            turn = with_template_edits(turn, template, messages, tools, spellings)
+            drafts.append(draft_alone(self._text, turn))
             self.prove(drafts[-1].example(), conversation, drafts[-1].turns)
         return drafts
-
-    def _with_template_edits(self, turn: Turn, messages: Sequence[Mapping[str, Any]]) -> Turn:
-        if messages[turn.index]["role"] != "assistant":
-            return turn
-        kinds = template_edits(turn.reply, messages[turn.index], self._text.spellings.values())
-        return replace(turn, altered=kinds) if kinds else turn
 
     def _assistant_targets(self, conversation: Conversation, supervise: Supervise) -> list[int]:
         """Those that a model answers: what a tool said may be learned, but is asked of no model."""
@@ -249,49 +253,3 @@ class Renderer:
         if not answers:
             raise SetAside(NO_TARGET)
         return answers
-
-
-def render(
-    conversation: Conversation,
-    tokenizer: Any,
-    *,
-    max_length: int,
-    over_length: OverLength = "fit",
-    supervise: Supervise = "all",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[Example]:
-    """One conversation's training examples, as if it were all of the data (which decides on `enable_thinking`).
-
-    For many conversations build a `Renderer` once.
-    """
-    renderer = _renderer_of(conversation, tokenizer, chat_template_kwargs)
-    rendered = renderer.render(conversation, max_length=max_length, over_length=over_length, supervise=supervise)
-    return list(rendered.examples)
-
-
-def render_for_evaluation(
-    conversation: Conversation,
-    tokenizer: Any,
-    *,
-    max_prompt_length: int | None,
-    max_new_tokens: int,
-    over_length: OverLength = "fit",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[EvalExample]:
-    """One conversation's samples, as if it were all of the data (which decides on `enable_thinking`).
-
-    For many conversations build a `Renderer` once; it also tells what was set aside.
-    """
-    renderer = _renderer_of(conversation, tokenizer, chat_template_kwargs)
-    return list(
-        renderer.render_for_evaluation(
-            conversation, max_prompt_length=max_prompt_length, max_new_tokens=max_new_tokens, over_length=over_length
-        )
-    )
-
-
-def _renderer_of(conversation: Conversation, tokenizer: Any, kwargs: Mapping[str, Any] | None) -> Renderer:
-    any_reasoning = any(message.reasoning for message in conversation.messages)
-    template = chat_template_of(tokenizer, None)
-    resolved = resolve_template_kwargs(template, kwargs or {}, any_reasoning=any_reasoning)
-    return Renderer(tokenizer, chat_template_kwargs=resolved)

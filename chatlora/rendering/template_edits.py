@@ -4,12 +4,31 @@ All of it is what the model must generate, and so a target. It is counted by kin
 trained model writes `<think>` where the data has none.
 """
 
-from collections.abc import Iterable, Mapping
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+from chatlora.errors import SetAside
 from chatlora.rendering.message_parts import REASONING, TEXT
+from chatlora.rendering.template import ChatTemplate
+from chatlora.rendering.turns import Messages, Turn
 
+ALIKE = "text in the arguments of a call is written as the number, true, false or null that it spells"
+VALUE = re.compile(r"true|false|null|-?(0|[1-9]\d{0,99})(\.\d{1,99})?")
 LONGEST = 60  # characters of the template's own that are shown
+
+
+def with_template_edits(
+    turn: Turn, template: ChatTemplate, messages: Messages, tools: Messages, spellings: Iterable[str]
+) -> Turn:
+    message = messages[turn.index]
+    if message["role"] != "assistant":
+        return turn
+    kinds = template_edits(turn.reply, message, spellings)
+    kinds += (ALIKE,) if _has_alike_arguments(template, messages, tools, turn.index) else ()
+    return replace(turn, altered=kinds) if kinds else turn
 
 
 def template_edits(reply: str, message: Mapping[str, Any], spellings: Iterable[str]) -> tuple[str, ...]:
@@ -36,6 +55,29 @@ def template_edits(reply: str, message: Mapping[str, Any], spellings: Iterable[s
     if there and after:
         found.append(f"{_shown(after)} is put after {TEXT}")
     return tuple(found)
+
+
+def _has_alike_arguments(template: ChatTemplate, messages: Messages, tools: Messages, index: int) -> bool:
+    """Whether the template writes an argument that is text, as `"42"`, as it would write the value 42."""
+    rows = [[*messages[:index], {**messages[index], "tool_calls": calls}] for calls in _with_values(messages[index])]
+    if not rows:
+        return False
+    try:
+        said = template.render(messages[: index + 1], tools, prompt=False)
+        return any(template.render(row, tools, prompt=False) == said for row in rows)
+    except SetAside:  # it takes no conversation that ends with a call
+        return False
+
+
+def _with_values(message: Mapping[str, Any]) -> Iterator[list[Any]]:
+    """The calls of a message, each time with one argument that is the text of a value made that value."""
+    calls = message.get("tool_calls", [])
+    for position, call in enumerate(calls):
+        arguments = call["function"]["arguments"]
+        for name, text in arguments.items() if isinstance(arguments, dict) else ():
+            if isinstance(text, str) and VALUE.fullmatch(text):
+                function = {**call["function"], "arguments": {**arguments, name: json.loads(text)}}
+                yield [*calls[:position], {**call, "function": function}, *calls[position + 1 :]]
 
 
 def _without_stop(reply: str, spellings: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from chatlora.config import Config, ModelConfig, Source, with_absolute_paths
 from chatlora.errors import ChatLoraError, ConfigError, similar_beside
 from chatlora.model.folder import find_adapter, refuse_no_model
+from chatlora.reading.own_reader import own_reader
 from chatlora.reading.sources import files_of
 from chatlora.rendering.embedded import embedded_name
 
@@ -36,7 +37,8 @@ def refuse_missing(*named: Named) -> None:
 
 
 def named_rows(setting: str, sources: Sequence[Source], split: str) -> list[Named]:
-    return [(setting, partial(files_of, source, split)) for source in sources]
+    readers: list[Named] = [(setting, partial(own_reader, source.reader)) for source in sources]
+    return [*((setting, partial(files_of, source, split)) for source in sources), *readers]
 
 
 def named_by_model(model: ModelConfig) -> list[Named]:

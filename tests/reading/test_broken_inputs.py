@@ -14,7 +14,8 @@ import pytest
 import train
 from chatlora.config import Source
 from chatlora.errors import SHOWN, DataError, run_as_script
-from chatlora.reading.sources import Unread, read_conversations
+from chatlora.reading.noted import Unread
+from chatlora.reading.sources import read_conversations
 from tests.broken_inputs import EVERY, GOOD, LINES, RENDERED, ROWS, STRICT_TEMPLATE, Broken
 
 Train = Callable[..., tuple[int, str]]

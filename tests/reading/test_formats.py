@@ -283,10 +283,13 @@ def test_paths_are_those_of_the_form_in_the_file() -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"from": "bot", "value": ""}, f"from is 'bot'; did you mean 'gpt'? the roles are {SHAREGPT}"),
+        ({"from": "gptt", "value": ""}, f"from is 'gptt'; did you mean 'gpt'? the roles are {SHAREGPT}"),
         ({"from": "narrator", "value": ""}, f"from is 'narrator'; the roles are {SHAREGPT}"),
         ({"value": ""}, f"from is missing; it is one of {SHAREGPT}"),
-        ({"role": "bot", "content": ""}, f"role is 'bot'; did you mean 'assistant'? the roles are {MESSAGES}"),
+        (
+            {"role": "asistant", "content": ""},
+            f"role is 'asistant'; did you mean 'assistant'? the roles are {MESSAGES}",
+        ),
         ({"role": "narrator", "content": ""}, f"role is 'narrator'; the roles are {MESSAGES}"),
     ],
 )
@@ -300,12 +303,12 @@ def test_an_unknown_role_is_told_with_the_roles_of_the_rows_own_form(row: dict[s
         ({"mesages": []}, "did you mean 'messages'?"),
         ({"text": "a document"}, "the row has the columns text"),
         ({}, "the row has no columns"),
-        ({"prompt": "p", "chosen": "c"}, "completion is missing or null"),
+        ({"prompt": "p", "reward": "c"}, "completion is missing or null"),
         ({"instruction": "i", "output": None}, "output is missing or null"),
         ({"messages": {"role": "user"}}, "messages is an object, not a list"),
         ({"messages": "[{"}, "messages should be JSON"),
         ({"instruction": "i", "output": "o", "history": [["q"]]}, "history[0] is a list, not a pair"),
-        ({"prompt": "p", "completion": [{"role": "assistant", "content": "a"}]}, "not one of each"),
+        ({"prompt": "p", "completion": {"role": "assistant"}}, "completion is an object, not text"),
         ({"messages": [], "tools": [{"description": "nameless"}]}, "tools[0].name is missing"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "\ud800"}]}]}, "half a character"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": {}}]}, "tool_calls is an object"),

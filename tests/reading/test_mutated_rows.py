@@ -14,7 +14,8 @@ import pytest
 
 from chatlora.config import Source
 from chatlora.errors import DataError, SetAside
-from chatlora.reading.sources import Unread, read_conversations
+from chatlora.reading.noted import Unread
+from chatlora.reading.sources import read_conversations
 from chatlora.rendering.renderer import Renderer
 from tests.rendering.test_chat_templates import TEMPLATES, TOOL, renderer_of
 
@@ -32,12 +33,30 @@ SHAREGPT = [
     {"from": "observation", "value": "3"},
     {"from": "gpt", "value": "<think>hm</think>a"},
 ]
+PARTS = [
+    {"role": "user", "content": "q", "weight": 0.0, "mask": 0},
+    {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, {"type": "tool_use", "name": "f"}]},
+    {"role": "user", "content": [{"type": "tool_result", "content": [{"type": "text", "text": "3"}]}]},
+    {"role": "tool_call", "content": '{"name": "f", "arguments": {"a": 1}}'},
+    {"role": "tool_response", "content": "4"},
+    {"role": "assistant", "content": "a", "weight": 1.0, "mask": 1},
+]
 ROWS: list[dict[str, Any]] = [
     {"messages": TURNS, "tools": [TOOL]},
     {"conversations": SHAREGPT, "system": "s", "tools": json.dumps([TOOL["function"]])},
     {"instruction": "i", "input": "x", "output": "o", "history": [["q", "a"]]},
     {"prompt": "p", "completion": "c"},
     {"prompt": TURNS[:2], "completion": TURNS[4:]},
+    {"messages": PARTS, "reasoning": "hm", "chat_template_kwargs": {"enable_thinking": True}},
+    {"prompt": "p", "completion": "c", "reasoning": "hm", "history": [["q", "a"]]},
+    {"query": "q", "answers": '[{"name": "look", "arguments": {}}]', "tools": json.dumps([TOOL["function"]])},
+    {"conversation": [{"input": "q", "output": "a"}], "system_prompt": "s"},
+    {"data": ["q", "a", "q", "a"]},
+    {"chat": {"turn_1": {"Human": "<|Human|>: q<eoh>", "MOSS": "<|MOSS|>: a<eom>"}}},
+    {"chat": 'USER: q\n\n\nASSISTANT: <functioncall> {"name": "f"} <|endoftext|>\n\n\nFUNCTION RESPONSE: 3'},
+    {"instruction": "i", "instances": [{"input": "x", "output": "o"}]},
+    {"contents": [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "a"}]}]},
+    {"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}, "label": True, "images": []},
     {"conversations": [TURNS[1], {"role": "tool", "name": "n", "parameters": {}, "observation": "o"}, TURNS[4]]},
 ]
 JUNK: list[Any] = [

@@ -10,9 +10,11 @@ import pytest
 
 from chatlora.config import DataConfig, Source
 from chatlora.data.dataset import prepare_evaluation_data, prepare_training_data, summary_lines
+from chatlora.reading.conversation import Conversation, Message, ToolCall
 from chatlora.reading.sources import read_conversations
 from chatlora.rendering.renderer import Renderer
-from chatlora.rendering.template_edits import LONGEST, template_edits
+from chatlora.rendering.template_edits import ALIKE, LONGEST, template_edits
+from tests.rendering.test_chat_templates import TEMPLATES, TOOL, renderer_of
 from tests.tiny_tokenizers import LLAMA3, LLAMA3_TOKENS, QWEN3, THINK_TOKENS, tiny_tokenizer
 
 TRIMMED = "space around the reply's text is trimmed"
@@ -90,3 +92,17 @@ def test_turns_that_are_cut_off_are_not_counted(tmp_path: Path) -> None:
         config = DataConfig(train=(source,), max_length=max_length, validation=0.0)
         (account,) = prepare_training_data(config, 0, lambda _: thinking, cache=tmp_path, say=print).ledger["sources"]
         assert (account["altered"], account["turns"]) == ({kind: turns}, turns)
+
+
+@pytest.mark.parametrize(
+    ("name", "alike"), [("glm4moe", 1), ("qwen3_5_think", 1), ("nemotron_3_nano", 1), ("qwen3", 0), ("llama3_1", 0)]
+)
+def test_text_that_is_written_as_a_number_is_counted_where_the_template_writes_them_alike(
+    name: str, alike: int
+) -> None:
+    renderer = renderer_of(TEMPLATES[name], any_reasoning=False)
+    for value, expected in (("42", alike), (42, 0), ("42 ", 0), ("4.2", alike), ("Oslo", 0)):
+        call = Message("assistant", "", tool_calls=(ToolCall("get_weather", {"city": "Oslo", "days": value}),))
+        talk = (Message("user", "q"), call, Message("tool", "5"), Message("assistant", "Five."))
+        altered = renderer.render(Conversation(talk, (TOOL,)), max_length=10_000).altered
+        assert altered.get(ALIKE, 0) == expected, value
