@@ -4,6 +4,7 @@
     template  template.py       the chat template: messages -> text
     turns     turns.py          the span of text that each reply is
     parts     message_parts.py  is all of the message in it?
+    context   context.py        is all that leads to it in its prompt?
     changes   template_edits.py what else the template made of the reply
     ids       drafts.py         one encoding, spans from offsets
     lengths   examples.py       what an example is, and what over_length leaves of it
@@ -25,6 +26,7 @@ from typing import Any, Self
 from chatlora.config import OverLength, Supervise
 from chatlora.errors import SetAside
 from chatlora.reading.conversation import Conversation
+from chatlora.rendering.context import Contexts
 from chatlora.rendering.control_text import ControlText
 from chatlora.rendering.drafts import draft_alone, drafts_of
 from chatlora.rendering.examples import (
@@ -100,6 +102,7 @@ class Renderer:
             self._stops = StopTokens(self._template, self._text.spellings, tokenizer.eos_token_id, generation_stop_ids)
         self.stop_ids = self._stops.ids
         self._proof = Proof(tokenizer, self._template, self._text, self.stop_ids)
+        self._contexts = Contexts()
         self.proof_seconds = 0.0
         described = [self._text.digest, self._template.digest(), str(self.stop_ids)]
         self.fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()
@@ -222,7 +225,7 @@ class Renderer:
             turn = read(self._template, self._stops, messages, tools, index, full)
             turns.append(self._with_template_edits(turn, messages))
         for turn in (turns[0], turns[-1]) if len(turns) > 1 else turns:
-            check_context(self._template, messages, tools, turn)
+            check_context(self._template, self._contexts, messages, tools, turn)
         return full, turns
 
     def _drafts_for_evaluation(self, conversation: Conversation, supervise: Supervise) -> list[Draft]:
@@ -231,7 +234,7 @@ class Renderer:
         drafts = []
         for index in self._assistant_targets(conversation, supervise):
             turn = read_turn(self._template, self._stops, messages[: index + 1], tools, index, None)
-            check_context(self._template, messages, tools, turn)
+            check_context(self._template, self._contexts, messages, tools, turn)
             drafts.append(draft_alone(self._text, self._with_template_edits(turn, messages)))
             self.prove(drafts[-1].example(), conversation, drafts[-1].turns)
         return drafts

@@ -14,6 +14,7 @@ from typing import Any
 
 from chatlora.errors import SetAside
 from chatlora.reading.conversation import Conversation
+from chatlora.rendering.context import Contexts
 from chatlora.rendering.control_text import any_of
 from chatlora.rendering.message_parts import DROPS, SENTINEL, Sentinels, check_prompt, end_of_parts, reply_parts
 from chatlora.rendering.template import ChatTemplate
@@ -140,9 +141,12 @@ def read_tool_message(
     return Turn(index, full[:start], full[start:] + stops.eos)
 
 
-def check_context(template: ChatTemplate, messages: Messages, tools: Messages, turn: Turn) -> None:
+def check_context(
+    template: ChatTemplate, contexts: Contexts, messages: Messages, tools: Messages, turn: Turn
+) -> None:
     """What leads to the turn stands in its prompt. Raises SetAside naming what the template dropped."""
     check_prompt(turn.prompt, messages[: turn.index], tools)
+    contexts.check(template, messages[: turn.index], tools)
     if tools:
         sentinels = Sentinels()
         prompt = template.render(messages[: turn.index], sentinels.tools(tools), prompt=True)
