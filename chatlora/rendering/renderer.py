@@ -43,9 +43,19 @@ from chatlora.rendering.examples import (
 )
 from chatlora.rendering.limits import PROBE, bounded, bounds_for
 from chatlora.rendering.proof import Proof
-from chatlora.rendering.template import ChatTemplate, chat_template_of, resolve_template_kwargs, template_messages
+from chatlora.rendering.remarks import remarks_on
+from chatlora.rendering.template import ChatTemplate, chat_template_of, template_messages
 from chatlora.rendering.template_edits import template_edits
-from chatlora.rendering.turns import NO_TARGET, StopTokens, Turn, check_context, read_tool_message, read_turn, targets
+from chatlora.rendering.turns import (
+    NO_TARGET,
+    StopTokens,
+    Turn,
+    check_context,
+    greeting_named,
+    read_tool_message,
+    read_turn,
+    targets,
+)
 
 __all__ = [
     "IGNORE_INDEX",
@@ -54,8 +64,6 @@ __all__ = [
     "Rendered",
     "RenderedForEvaluation",
     "Renderer",
-    "render",
-    "render_for_evaluation",
 ]
 
 
@@ -122,12 +130,13 @@ class Renderer:
         rendered exactly or holds no target.
         """
         refuse_hopeless(conversation, targets(conversation, supervise), max_length, over_length)
-        with bounded(bounds_for(conversation), conversation.place):
+        with bounded(bounds_for(conversation), conversation.place), greeting_named(conversation):
             full, turns = self._turns(conversation, supervise)
             drafts = drafts_of(self._text, full, turns, len(conversation.messages))
             for draft in drafts:
                 self.prove(draft.example(), conversation, draft.turns)
         kept, missed = fitted(drafts, max_length, over_length, conversation.place)
+        learned = [turn for draft in kept for turn in draft.turns]
         num_turns = sum(len(draft.spans) for draft in kept)
         return Rendered(
             examples=tuple(draft.example() for draft in kept if draft.spans),
@@ -135,7 +144,8 @@ class Renderer:
             lost_turns=len(turns) - num_turns,
             lost_targets=sum(draft.num_targets() for draft in drafts) - sum(draft.num_targets() for draft in kept),
             too_long=missed,
-            altered=Counter(kind for draft in kept for turn in draft.turns for kind in turn.altered),
+            altered=Counter(kind for turn in learned for kind in turn.altered),
+            remarks=remarks_on(conversation, self._text, full, learned),
         )
 
     def render_for_evaluation(
@@ -154,7 +164,7 @@ class Renderer:
         whole, but for `cut`, which cuts them at `max_new_tokens` and counts. Raises SetAside as `render` does.
         """
         order = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
-        with bounded(bounds_for(conversation), conversation.place):
+        with bounded(bounds_for(conversation), conversation.place), greeting_named(conversation):
             drafts = self._drafts_for_evaluation(conversation, supervise)
         examples, set_aside, cut = [], [], 0
         altered: Counter[str] = Counter()
@@ -171,7 +181,9 @@ class Renderer:
                 reference, cut = reference[:max_new_tokens], cut + 1
             examples.append(EvalExample(prompt, reference, number))
             altered.update(turn.altered)
-        return RenderedForEvaluation(tuple(examples), tuple(set_aside), cut, altered)
+        answered = [turn for draft in drafts for turn in draft.turns]
+        remarks = remarks_on(conversation, self._text, answered[-1].prompt, answered)
+        return RenderedForEvaluation(tuple(examples), tuple(set_aside), cut, altered, remarks)
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """The ids of the whole conversation and the generation prompt after it."""
@@ -252,49 +264,3 @@ class Renderer:
         if not answers:
             raise SetAside(NO_TARGET)
         return answers
-
-
-def render(
-    conversation: Conversation,
-    tokenizer: Any,
-    *,
-    max_length: int,
-    over_length: OverLength = "fit",
-    supervise: Supervise = "all",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[Example]:
-    """One conversation's training examples, as if it were all of the data (which decides on `enable_thinking`).
-
-    For many conversations build a `Renderer` once.
-    """
-    renderer = _renderer_of(conversation, tokenizer, chat_template_kwargs)
-    rendered = renderer.render(conversation, max_length=max_length, over_length=over_length, supervise=supervise)
-    return list(rendered.examples)
-
-
-def render_for_evaluation(
-    conversation: Conversation,
-    tokenizer: Any,
-    *,
-    max_prompt_length: int | None,
-    max_new_tokens: int,
-    over_length: OverLength = "fit",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[EvalExample]:
-    """One conversation's samples, as if it were all of the data (which decides on `enable_thinking`).
-
-    For many conversations build a `Renderer` once; it also tells what was set aside.
-    """
-    renderer = _renderer_of(conversation, tokenizer, chat_template_kwargs)
-    return list(
-        renderer.render_for_evaluation(
-            conversation, max_prompt_length=max_prompt_length, max_new_tokens=max_new_tokens, over_length=over_length
-        )
-    )
-
-
-def _renderer_of(conversation: Conversation, tokenizer: Any, kwargs: Mapping[str, Any] | None) -> Renderer:
-    any_reasoning = any(message.reasoning for message in conversation.messages)
-    template = chat_template_of(tokenizer, None)
-    resolved = resolve_template_kwargs(template, kwargs or {}, any_reasoning=any_reasoning)
-    return Renderer(tokenizer, chat_template_kwargs=resolved)
