@@ -18,8 +18,8 @@ __all__ = ["__version__", "load_for_inference", "parse_row", "render", "render_f
 _HOMES = {
     "load_for_inference": "chatlora.model.loading",
     "parse_row": "chatlora.reading.formats",
-    "render": "chatlora.rendering.renderer",
-    "render_for_evaluation": "chatlora.rendering.renderer",
+    "render": "chatlora.rendering.single",
+    "render_for_evaluation": "chatlora.rendering.single",
     "score": "chatlora.evaluation.metrics",
 }
 

@@ -154,6 +154,8 @@ def _offer(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A tool like the first: that they all are shown is found out with the row's own."""
     if not tools:
         return []
-    described = {"name": "look", "description": "Looks it up", "parameters": {"type": "object", "properties": {}}}
-    outside = {"type": tools[0]["type"]} if "type" in tools[0] else {}
-    return [outside | ({"function": described} if "function" in tools[0] else described)]
+    kind = {"type": tools[0]["type"]} if "type" in tools[0] else {}
+    if kind.get("type") == "text":
+        return [kind | {"text": "Looks it up"}]
+    told = {"name": "look", "description": "Looks it up", "parameters": {"type": "object", "properties": {}}}
+    return [kind | ({"function": told} if "function" in tools[0] else told)]
