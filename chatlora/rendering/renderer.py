@@ -166,7 +166,7 @@ class Renderer:
         order = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
         with bounded(bounds_for(conversation), conversation.place), greeting_named(conversation):
             drafts = self._drafts_for_evaluation(conversation, supervise)
-        examples, set_aside, cut = [], [], 0
+        examples, answered, set_aside, cut = [], [], [], 0
         altered: Counter[str] = Counter()
         for draft in drafts:
             [(start, _)], [turn] = draft.spans, draft.turns
@@ -180,9 +180,9 @@ class Renderer:
             if over_length == "cut" and len(reference) > max_new_tokens:
                 reference, cut = reference[:max_new_tokens], cut + 1
             examples.append(EvalExample(prompt, reference, number))
+            answered.append(turn)
             altered.update(turn.altered)
-        answered = [turn for draft in drafts for turn in draft.turns]
-        remarks = remarks_on(conversation, self._text, answered[-1].prompt, answered)
+        remarks = remarks_on(conversation, self._text, drafts[-1].turns[0].prompt, answered)
         return RenderedForEvaluation(tuple(examples), tuple(set_aside), cut, altered, remarks)
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:

@@ -4,6 +4,8 @@ Run: pytest tests/rendering/test_context.py. The long draws: add `-m slow`.
 """
 
 import pickle
+import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -13,7 +15,7 @@ import pytest
 
 from chatlora.config import Source
 from chatlora.errors import SetAside
-from chatlora.reading.conversation import Conversation, Message, ToolCall
+from chatlora.reading.conversation import Conversation, Message, Role, ToolCall
 from chatlora.reading.sources import read_conversations
 from chatlora.rendering.context import Contexts
 from chatlora.rendering.message_parts import DROPS, check_prompt
@@ -21,6 +23,7 @@ from chatlora.rendering.renderer import Renderer
 from chatlora.rendering.turns import NOT_CONTINUED
 from tests.costs import calls_of
 from tests.exactness import rendered_text
+from tests.random_conversations import draw
 from tests.rendering.test_chat_templates import CALL, TEMPLATES, TOOL, original, renderer_of
 from tests.tiny_tokenizers import CHATML, QWEN3, tiny_tokenizer
 
@@ -75,7 +78,7 @@ def shown(renderer: Renderer, conversation: Conversation) -> Iterator[bool]:
     last = len(conversation.messages) - 1
     prompt = rendered_text(renderer, conversation, last, prompt=True)
     for index, message in enumerate(conversation.messages[:last]):
-        if not message.content and (message.role == "system" or message.tool_calls):
+        if not message.content.strip() and (message.role == "system" or message.tool_calls):  # nothing is said
             continue
         others = [*conversation.messages]
         others[index] = replace(message, content="zebra")
@@ -241,3 +244,53 @@ def test_a_shape_is_judged_once_and_its_verdict_is_the_same_whichever_row_comes_
 def test_a_reply_that_does_not_continue_its_prompt_is_told_as_before() -> None:
     renderer = renderer_of(TEMPLATES["deepseekv3"], any_reasoning=False)
     assert refusal(renderer, CONVERSATIONS["greeting"]).startswith(NOT_CONTINUED)
+
+
+# ---- drawn at random
+
+
+def with_accidents(conversation: Conversation, rng: random.Random) -> Conversation:
+    """Some of the texts that lead to the last reply are empty, or say what another message says; or a system or tool
+    message more."""
+    messages = list(conversation.messages)
+    for index, message in enumerate(messages[:-1]):
+        if message.role != "assistant" and rng.random() < 0.3:
+            said = rng.choice(["", *(other.content for other in messages)])
+            messages[index] = replace(message, content=said)
+    for _ in range(rng.choice([0, 0, 1, 2])):
+        role: Role = rng.choice(["system", "tool", "user"])
+        said = rng.choice(["", *(other.content for other in messages)])
+        messages.insert(rng.randrange(len(messages)), Message(role, said, name="look" if role == "tool" else None))
+    return replace(conversation, messages=tuple(messages))
+
+
+def check_drawn(name: str, number: int) -> str:
+    """What the verdict on one conversation is: shown, dropped, or refused for something else."""
+    conversation = with_accidents(draw(0, number, hostile=False), random.Random(number))
+    if conversation.messages[-1].role != "assistant" or conversation.messages[-1].loss is False:
+        return "other"
+    any_reasoning = any(message.reasoning for message in conversation.messages)
+    renderer = renderer_of(TEMPLATES[name], any_reasoning=any_reasoning)
+    refused = refusal(renderer, conversation)
+    if not refused:
+        assert all(shown(renderer, conversation)), (name, number)
+        return "shown"
+    if DROPS in refused and " message (message " in refused:
+        assert not all(shown(renderer, conversation)), (name, number, refused)
+        return "dropped"
+    return "other"
+
+
+def check_draws(names: Sequence[str], numbers: range) -> None:
+    verdicts = Counter(check_drawn(name, number) for name in names for number in numbers)
+    assert verdicts["shown"] > 0.1 * verdicts.total()
+    assert verdicts["dropped"] > 0.01 * verdicts.total()
+
+
+def test_drawn_conversations_are_refused_exactly_where_a_message_is_not_shown() -> None:
+    check_draws(list(DROPPED), range(30))
+
+
+@pytest.mark.slow
+def test_many_drawn_conversations_under_every_template_are_too() -> None:
+    check_draws([name for name in TEMPLATES if name == original(name)], range(300))
