@@ -14,13 +14,19 @@ is found.
 
 **exact** means that a reply's targets begin where the generation prompt ends, are what the template renders for the
 reply with the token that stops it, and hold the reply's text, reasoning and calls; that the ids in front of them are
-those that inference sees; and that all of this was proved for the very row. Where a template renders a reply otherwise
+those that inference sees; that every message before it stands in its prompt, however short or empty it is, but for
+earlier thoughts; and that all of this was proved for the very row. Where a template renders a reply otherwise
 once more messages follow (it drops earlier thoughts, or ends the last reply in its own way), such a reply gets an
 example of its own: **exact, 2 examples**.
 
 **refused** rows are not trained on: `ledger.json` names each with its place and reason, and where more than half of a
 source is refused, the run does not start. Where a template of the package renders the row, which is found out by
 rendering and proving it, the reason names it (`lifted_by` in the ledger), as the table does here.
+
+Refused, whatever the kind, is also a row of which the template drops a message that leads to a reply (`the chat
+template drops a system message`, and which): gptoss and qwen3_vl show no second system message, phi3 and phi3_5 no
+result of a tool, llama3_1, llama3_2 and muse_glimmer no text beside a call. What the assistant says first is context
+and no target; a row that it opens is refused by cohere, cohere2, gemma and gemma3, which raise an error.
 
 NAME_training is trl's version of a template with marks around what is learned. Where it has no row of its own, it comes
 out as NAME does.

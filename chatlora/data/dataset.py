@@ -234,6 +234,7 @@ def _entered(
             lost = f"{rendered.lost_turns} of {replies} turns, {rendered.lost_targets} targets"
             account.note_cut(place, CUT if over_length == "cut" else REPLIES_LOST, lost)
         account.note_altered(rendered.altered)
+        account.note_remarks(place, rendered.remarks)
         for number, example in enumerate(rendered.examples):
             first = number == 0
             yield Stored(example, place, source, rendered.turns if first else 0, outcome.likeness if first else None)

@@ -81,6 +81,7 @@ def prepare_evaluation_data(
             continue
         _account(account, conversation, rendered.examples)
         account.note_altered(rendered.altered)
+        account.note_remarks(conversation.place, rendered.remarks)
         for turn, told in rendered.set_aside:
             account.note_cut(conversation.place, PROMPT_TOO_LONG, f"turn {turn}: {told}")
         if rendered.cut_references:

@@ -15,9 +15,10 @@ from chatlora.rendering.examples import NO_REPLY_FITS, NO_TARGET_LEFT, PROMPT_TO
 from chatlora.rendering.limits import TOO_MUCH
 from chatlora.rendering.message_parts import DROPS
 from chatlora.rendering.proof import CANNOT_SPELL, FAILED
+from chatlora.rendering.remarks import Remark
 from chatlora.rendering.row_kwargs import OTHER_STOP, SPELLS_CONTROL, UNKNOWN
 from chatlora.rendering.template import RAISES
-from chatlora.rendering.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTINUED
+from chatlora.rendering.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTINUED, RAISES_FIRST
 
 MOST_SET_ASIDE = 0.5  # of a source's rows; beyond, the model and the data do not fit each other
 MOST_NOT_USED = 12  # names that are told; ledger.json has them all
@@ -26,6 +27,7 @@ MOST_TOO_LONG = 0.05  # of all replies; beyond, it is a warning
 REPLIES_LOST = "replies beyond max_length are lost"
 CUT = "cut at max_length"
 LIFTED_BY = "lifted_by"
+TURNS, EXAMPLE = "turns", "example"
 OTHER_TEMPLATE = "set model.chat_template to a Jinja file that renders such rows, or model.chat_template_kwargs"
 REMEDIES = {  # by how a reason begins
     LEFT_OUT: "look at the function that `reader` names",
@@ -38,6 +40,7 @@ REMEDIES = {  # by how a reason begins
     PROMPT_TOO_LONG: "raise evaluation.max_prompt_length",
     DROPS: OTHER_TEMPLATE,
     RAISES: OTHER_TEMPLATE,
+    RAISES_FIRST: f"begin with a user message, or {OTHER_TEMPLATE}",
     NOT_CONTINUED: OTHER_TEMPLATE,
     NO_STOP: OTHER_TEMPLATE,
     TOO_MUCH: OTHER_TEMPLATE,
@@ -46,7 +49,7 @@ REMEDIES = {  # by how a reason begins
     READ_AS_CONTROL: "write the rows without such words",
     FAILED: "the mistake is chatlora's, not the data's: please report one of the rows, the model and the chat template",
     NO_TARGET: "look at the roles, at `loss` in the rows, and at data.supervise",
-    COMES_FIRST: 'begin with a user message, or give the first one "loss": false',
+    COMES_FIRST: 'begin with a user message, or take "loss": true from the first one',
 }
 
 
@@ -57,11 +60,12 @@ class SourceAccount:
 
     set_aside, cut: `{place, reason}`, `detail` where something more is known of the row, and `lifted_by` where a chat
     template of the package was found to render it. altered: how many turns
-    the template changed without losing anything, by kind. replies: of all rows but those set aside for something else
-    than their length; too_long: the `max_length` that each of them takes which is lost or cut, None where nobody
-    measured it. not_used: column or key of a message -> in how many rows it holds something that nothing reads. part,
-    left: which part of the source was read, where it has several, and those that were not, with how many files each (0:
-    of the hub).
+    the template changed without losing anything, by kind. remarks: by kind, how many turns are worth a word though
+    nothing is wrong with them, and one of them. replies: of all rows but those set aside for something else than their
+    length; too_long: the `max_length` that each of them takes which is lost or cut, None where nobody measured it.
+    not_used: column or key of a message -> in how many rows it holds something that nothing reads. part, left: which
+    part of the source was read, where it has several, and those that were not, with how many files each (0: of the
+    hub).
     """
 
     path: str
@@ -74,6 +78,7 @@ class SourceAccount:
     set_aside: list[dict[str, str]] = field(default_factory=list)
     cut: list[dict[str, str]] = field(default_factory=list)
     altered: dict[str, int] = field(default_factory=dict)
+    remarks: dict[str, dict[str, Any]] = field(default_factory=dict)
     replies: int = 0
     too_long: list[int | None] = field(default_factory=list)
     not_used: dict[str, int] = field(default_factory=dict)
@@ -93,6 +98,11 @@ class SourceAccount:
     def note_altered(self, altered: Mapping[str, int]) -> None:
         for kind, turns in altered.items():
             self.altered[kind] = self.altered.get(kind, 0) + turns
+
+    def note_remarks(self, place: str | None, remarks: Iterable[Remark]) -> None:
+        for kind, detail in remarks:
+            example = f"{place or ''}: {detail}" if detail else place or ""
+            self.remarks.setdefault(kind, {TURNS: 0, EXAMPLE: example})[TURNS] += 1
 
     def note_cut(self, place: str | None, reason: str, detail: str) -> None:
         self.cut.append(entry(place, reason, detail))
@@ -176,6 +186,9 @@ def summary_lines(ledger: Mapping[str, Any]) -> list[str]:
         lines += [f"  set aside {reason}" for reason in counted(source["set_aside"])]
         lines += [f"  not whole: {reason}" for reason in counted(source["cut"])]
         lines += [f"  in {turns:,} turns {kind} by the chat template" for kind, turns in source["altered"].items()]
+        lines += [
+            f"  in {told[TURNS]:,} turns {kind} (e.g. {told[EXAMPLE]})" for kind, told in source["remarks"].items()
+        ]
     lines += [_told_too_long(ledger)] if ledger["replies_too_long"] else []
     return lines + alike_lines(ledger.get("alike", {}))
 

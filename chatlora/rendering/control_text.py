@@ -71,8 +71,6 @@ class ControlText:
         self._plain = _plain_copy(json.loads(serialized))
         self._tails: dict[str, list[int]] = {}
 
-    # ---- masking
-
     def mask(self, value: Any) -> Any:
         """`value`, a string or a JSON value made of them, with all that could be read as a control token masked.
 
@@ -87,9 +85,9 @@ class ControlText:
             return [self.mask(item) for item in value]
         return value
 
-    def spells_control(self, text: str) -> bool:
-        """Whether the text, unmasked, spells a whole added token anywhere."""
-        return self._words.first(text) is not None
+    def control_in(self, text: str) -> str | None:
+        """The first whole added token that the text, unmasked, spells."""
+        return self._words.first(text)
 
     # ---- encoding
 
@@ -186,10 +184,11 @@ class _Words:
         self.opens = any_of({word[0] for word in words})
         self.closes = any_of({word[-1] for word in words})
 
-    def first(self, text: str) -> int | None:
-        for opening in self.opens.finditer(text):
-            if any(self._stands(text, opening.start(), opening.start() + size) for size in self.lengths):
-                return opening.start()
+    def first(self, text: str) -> str | None:
+        for start in (opening.start() for opening in self.opens.finditer(text)):
+            for size in self.lengths:
+                if self._stands(text, start, start + size):
+                    return text[start : start + size]
         return None
 
     def _two_kinds(self) -> tuple[Set[str], Set[str]]:

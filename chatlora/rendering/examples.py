@@ -7,6 +7,7 @@ from chatlora.config import OverLength
 from chatlora.errors import DataError, SetAside
 from chatlora.reading.conversation import Conversation
 from chatlora.rendering.limits import characters_in
+from chatlora.rendering.remarks import Remark
 from chatlora.rendering.turns import Turn
 
 IGNORE_INDEX = -100
@@ -41,7 +42,7 @@ class Rendered:
     """A conversation's examples; supervised turns kept, and turns and targets lost to `over_length`.
 
     too_long: the `max_length` that each reply takes which is lost or cut. altered: of the turns kept, how many the
-    template changed without losing anything, by kind.
+    template changed without losing anything, by kind. remarks: one a message, of each kind that fits it.
     """
 
     examples: tuple[Example, ...]
@@ -50,6 +51,7 @@ class Rendered:
     lost_targets: int
     too_long: tuple[int, ...]
     altered: Mapping[str, int]
+    remarks: tuple[Remark, ...]
 
 
 class NothingFits(SetAside):
@@ -62,12 +64,14 @@ class NothingFits(SetAside):
 
 @dataclass(frozen=True, slots=True)
 class RenderedForEvaluation:
-    """Samples (it iterates as these), (turn, reason) of those set aside, how many references were cut, and altered."""
+    """Samples (it iterates as these), (turn, reason) of those set aside, how many references were cut; the rest as in
+    Rendered."""
 
     examples: tuple[EvalExample, ...]
     set_aside: tuple[tuple[int, str], ...]
     cut_references: int
     altered: Mapping[str, int]
+    remarks: tuple[Remark, ...]
 
     def __iter__(self) -> Iterator[EvalExample]:
         return iter(self.examples)

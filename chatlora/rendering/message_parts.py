@@ -49,11 +49,15 @@ def check_prompt(prompt: str, messages: Sequence[Mapping[str, Any]], tools: Sequ
     """
     visible = unmask(prompt)
     end_of_parts(prompt, ((TOOLS, tool.get("function", tool).get(_told_by(tool), "")) for tool in tools))
-    for message in messages:
+    for number, message in enumerate(messages, start=1):
         if message["role"] == "assistant":
             end_of_parts(prompt, (part for part in reply_parts(message) if part[0] != REASONING))
         elif not any(form in visible for form in _forms(message["content"])):
-            raise SetAside(f"{DROPS}a {message['role']} message")
+            raise SetAside(DROPS + a_message(message["role"]), f"message {number}")
+
+
+def a_message(role: str) -> str:
+    return f"{'an' if role == 'assistant' else 'a'} {role} message"
 
 
 class Sentinels:

@@ -4,6 +4,7 @@
     template  template.py       the chat template: messages -> text
     turns     turns.py          the span of text that each reply is
     parts     message_parts.py  is all of the message in it?
+    context   context.py        is all that leads to it in its prompt?
     changes   template_edits.py what else the template made of the reply
     ids       drafts.py         one encoding, spans from offsets
     lengths   examples.py       what an example is, and what over_length leaves of it
@@ -25,6 +26,7 @@ from typing import Any, Self
 from chatlora.config import OverLength, Supervise
 from chatlora.errors import SetAside
 from chatlora.reading.conversation import Conversation
+from chatlora.rendering.context import Contexts
 from chatlora.rendering.control_text import ControlText
 from chatlora.rendering.drafts import draft_alone, drafts_of
 from chatlora.rendering.examples import (
@@ -41,10 +43,20 @@ from chatlora.rendering.examples import (
 )
 from chatlora.rendering.limits import PROBE, bounded, bounds_for
 from chatlora.rendering.proof import Proof
+from chatlora.rendering.remarks import remarks_on
 from chatlora.rendering.row_kwargs import RowKwargs, Under
 from chatlora.rendering.template import ChatTemplate, chat_template_of, template_messages
 from chatlora.rendering.template_edits import with_template_edits
-from chatlora.rendering.turns import NO_TARGET, StopTokens, Turn, check_context, read_tool_message, read_turn, targets
+from chatlora.rendering.turns import (
+    NO_TARGET,
+    StopTokens,
+    Turn,
+    check_context,
+    greeting_named,
+    read_tool_message,
+    read_turn,
+    targets,
+)
 
 __all__ = [
     "IGNORE_INDEX",
@@ -100,6 +112,7 @@ class Renderer:
         self.stop_ids = self._stops.ids
         self._proof = Proof(tokenizer, self._template, self._text, self.stop_ids)
         self._row_kwargs = RowKwargs(tokenizer, self._text, generation_stop_ids)
+        self._contexts = Contexts()
         self.proof_seconds = 0.0
         described = [self._text.digest, self._template.digest(), str(self.stop_ids)]
         self.fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()
@@ -119,12 +132,13 @@ class Renderer:
         rendered exactly or holds no target.
         """
         refuse_hopeless(conversation, targets(conversation, supervise), max_length, over_length)
-        with bounded(bounds_for(conversation), conversation.place):
+        with bounded(bounds_for(conversation), conversation.place), greeting_named(conversation):
             full, turns = self._turns(conversation, supervise)
             drafts = drafts_of(self._text, full, turns, len(conversation.messages))
             for draft in drafts:
                 self.prove(draft.example(), conversation, draft.turns)
         kept, missed = fitted(drafts, max_length, over_length, conversation.place)
+        learned = [turn for draft in kept for turn in draft.turns]
         num_turns = sum(len(draft.spans) for draft in kept)
         return Rendered(
             examples=tuple(draft.example() for draft in kept if draft.spans),
@@ -132,7 +146,8 @@ class Renderer:
             lost_turns=len(turns) - num_turns,
             lost_targets=sum(draft.num_targets() for draft in drafts) - sum(draft.num_targets() for draft in kept),
             too_long=missed,
-            altered=Counter(kind for draft in kept for turn in draft.turns for kind in turn.altered),
+            altered=Counter(kind for turn in learned for kind in turn.altered),
+            remarks=remarks_on(conversation, self._text, full, learned),
         )
 
     def render_for_evaluation(
@@ -151,9 +166,9 @@ class Renderer:
         whole, but for `cut`, which cuts them at `max_new_tokens` and counts. Raises SetAside as `render` does.
         """
         order = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
-        with bounded(bounds_for(conversation), conversation.place):
+        with bounded(bounds_for(conversation), conversation.place), greeting_named(conversation):
             drafts = self._drafts_for_evaluation(conversation, supervise)
-        examples, set_aside, cut = [], [], 0
+        examples, answered, set_aside, cut = [], [], [], 0
         altered: Counter[str] = Counter()
         for draft in drafts:
             [(start, _)], [turn] = draft.spans, draft.turns
@@ -167,8 +182,10 @@ class Renderer:
             if over_length == "cut" and len(reference) > max_new_tokens:
                 reference, cut = reference[:max_new_tokens], cut + 1
             examples.append(EvalExample(prompt, reference, number))
+            answered.append(turn)
             altered.update(turn.altered)
-        return RenderedForEvaluation(tuple(examples), tuple(set_aside), cut, altered)
+        remarks = remarks_on(conversation, self._text, drafts[-1].turns[0].prompt, answered)
+        return RenderedForEvaluation(tuple(examples), tuple(set_aside), cut, altered, remarks)
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """The ids of the whole conversation and the generation prompt after it."""
@@ -230,7 +247,7 @@ class Renderer:
             turn = read(template, stops, messages, tools, index, full)
             turns.append(with_template_edits(turn, template, messages, tools, spellings))
         for turn in (turns[0], turns[-1]) if len(turns) > 1 else turns:
-            check_context(template, messages, tools, turn)
+            check_context(template, self._contexts, messages, tools, turn)
         return full, turns
 
     def _drafts_for_evaluation(self, conversation: Conversation, supervise: Supervise) -> list[Draft]:
@@ -240,7 +257,7 @@ class Renderer:
         drafts = []
         for index in self._assistant_targets(conversation, supervise):
             turn = read_turn(template, stops, messages[: index + 1], tools, index, None)
-            check_context(template, messages, tools, turn)
+            check_context(template, self._contexts, messages, tools, turn)
             turn = with_template_edits(turn, template, messages, tools, spellings)
             drafts.append(draft_alone(self._text, turn))
             self.prove(drafts[-1].example(), conversation, drafts[-1].turns)

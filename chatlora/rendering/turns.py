@@ -8,18 +8,21 @@ where its text does (or, where its role's token is what stops the turn before, r
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from chatlora.errors import SetAside
 from chatlora.reading.conversation import Conversation
+from chatlora.rendering.context import Contexts
 from chatlora.rendering.control_text import any_of
 from chatlora.rendering.message_parts import DROPS, SENTINEL, Sentinels, check_prompt, end_of_parts, reply_parts
-from chatlora.rendering.template import ChatTemplate
+from chatlora.rendering.template import RAISES, ChatTemplate
 
 NOT_CONTINUED = "the chat template's reply does not continue its generation prompt"
 COMES_FIRST = "an assistant message that is a target comes first: no prompt leads to it"
+RAISES_FIRST = f"{RAISES} where the assistant speaks first"
 NO_STOP = "nothing stops a reply: the chat template renders no stop token and the tokenizer has no eos"
 NO_TARGET = "no assistant message is a target"
 
@@ -71,10 +74,19 @@ class StopTokens:
         return found[-1].end() if found and self._any.fullmatch(found[-1][0]) else None
 
 
+def greeting(conversation: Conversation) -> int:
+    """With how many messages the assistant opens the conversation; none where nobody else says anything."""
+    others = (index for index, message in enumerate(conversation.messages) if message.role != "assistant")
+    return next(others, 0)
+
+
 def targets(conversation: Conversation, supervise: str) -> list[int]:
-    """The indices of the messages to learn: the assistant's, and a tool's that says so. Raises SetAside if none."""
+    """The indices of the messages to learn: the assistant's, and a tool's that says so. Raises SetAside if none.
+
+    No prompt leads to what the assistant says first: that is learned only where it says so.
+    """
     assistant = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
-    by_default = set(assistant if supervise == "all" else assistant[-1:])
+    by_default = set(assistant if supervise == "all" else assistant[-1:]) - set(range(greeting(conversation)))
     chosen = []
     for index, message in enumerate(conversation.messages):
         asked = message.loss and message.role in ("assistant", "tool")
@@ -140,9 +152,21 @@ def read_tool_message(
     return Turn(index, full[:start], full[start:] + stops.eos)
 
 
-def check_context(template: ChatTemplate, messages: Messages, tools: Messages, turn: Turn) -> None:
+@contextmanager
+def greeting_named(conversation: Conversation) -> Iterator[None]:
+    """Where the template raises an error, the reason says so if the assistant speaks first: not all let it."""
+    try:
+        yield
+    except SetAside as error:
+        if error.reason != RAISES or not greeting(conversation):
+            raise
+        raise SetAside(RAISES_FIRST, error.detail) from error
+
+
+def check_context(template: ChatTemplate, contexts: Contexts, messages: Messages, tools: Messages, turn: Turn) -> None:
     """What leads to the turn stands in its prompt. Raises SetAside naming what the template dropped."""
     check_prompt(turn.prompt, messages[: turn.index], tools)
+    contexts.check(template, messages[: turn.index], tools)
     if tools:
         sentinels = Sentinels()
         prompt = template.render(messages[: turn.index], sentinels.tools(tools), prompt=True)

@@ -4,6 +4,7 @@ Run: pytest tests/rendering/test_renderer.py
 """
 
 import pickle
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from chatlora.config import Supervise
 from chatlora.errors import ModelError, SetAside
 from chatlora.reading.conversation import Conversation, Message, ToolCall
+from chatlora.rendering.remarks import OPENS, Remark
 from chatlora.rendering.renderer import IGNORE_INDEX, Example, Renderer
 from chatlora.rendering.single import render
 from chatlora.rendering.template import resolve_template_kwargs
@@ -212,11 +214,30 @@ def test_supervise_and_loss_choose_the_turns(chatml: Renderer) -> None:
             chatml.render(conversation, max_length=LONG)
 
 
-def test_a_first_message_of_the_assistant_is_refused_unless_it_is_no_target(chatml: Renderer) -> None:
-    with pytest.raises(SetAside, match="comes first"):
-        chatml.render(Conversation((ASSISTANT, USER, ASSISTANT_2)), max_length=LONG)
-    greeting = Message("assistant", "Hello!", loss=False)
-    assert chatml.render(Conversation((greeting, USER, ASSISTANT_2)), max_length=LONG).turns == 1
+def test_what_the_assistant_says_first_is_context_unless_the_row_asks_for_more(chatml: Renderer) -> None:
+    greeting = Message("assistant", "Hello!")
+    for tokenizer in (chatml.tokenizer, llama3_tokenizer("gpt2")):  # a template that opens every conversation, too
+        renderer = Renderer(tokenizer)
+        for opening in ((greeting,), (greeting, greeting), (replace(greeting, loss=False),)):
+            conversation = Conversation((*opening, USER, ASSISTANT_2))
+            rendered = renderer.render(conversation, max_length=LONG)
+            [example] = rendered.examples
+            stop = tokenizer.eos_token
+            assert replies(renderer, example) == [ASSISTANT_2.content + stop]
+            assert "Hello!" in tokenizer.decode(example.input_ids)
+            assert rendered.remarks == (Remark(OPENS),) * len(opening)
+            [sample] = renderer.render_for_evaluation(conversation, max_prompt_length=None, max_new_tokens=9)
+            assert sample.turn == len(opening)
+            assert (
+                sample.input_ids + sample.output_ids == example.input_ids[: len(sample.input_ids + sample.output_ids)]
+            )
+    for conversation, reason in (
+        (Conversation((replace(greeting, loss=True), USER, ASSISTANT_2)), "comes first"),
+        (Conversation((greeting,)), "comes first"),
+        (Conversation((greeting, USER)), "no assistant message is a target"),
+    ):
+        with pytest.raises(SetAside, match=reason):
+            chatml.render(conversation, max_length=LONG)
 
 
 @pytest.mark.parametrize(

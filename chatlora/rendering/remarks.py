@@ -1,0 +1,56 @@
+"""What a person should know of a row that is trained as it stands: told beside the turns, changed in nothing."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from chatlora.reading.conversation import Conversation, Message
+from chatlora.rendering.control_text import ControlText, is_masked
+from chatlora.rendering.turns import Turn, greeting
+
+SPELLS_CONTROL = "the text spells a control token, which stays text"
+EMPTY = "the reply is empty"
+OPENS = "the assistant speaks first, which is context only"
+
+
+class Remark(NamedTuple):
+    """On one message. `kind` is the same words for all of its kind."""
+
+    kind: str
+    detail: str = ""
+
+
+def remarks_on(
+    conversation: Conversation, text: ControlText, rendered: str, turns: Sequence[Turn]
+) -> tuple[Remark, ...]:
+    """rendered: the whole conversation, as it is masked; turns: those that are learned."""
+    messages, learned = conversation.messages, {turn.index for turn in turns}
+    found = [Remark(OPENS) for index in range(greeting(conversation)) if index not in learned]
+    found += [Remark(EMPTY) for index in sorted(learned) if _is_empty(messages[index])]
+    if is_masked(rendered) or any(is_masked(turn.reply) for turn in turns):
+        words = (next(filter(None, map(text.control_in, _texts(message))), None) for message in messages)
+        found += [Remark(SPELLS_CONTROL, word) for word in words if word]
+    return tuple(found)
+
+
+def _is_empty(message: Message) -> bool:
+    return message.role == "assistant" and not (message.content.strip() or message.reasoning or message.tool_calls)
+
+
+def _texts(message: Message) -> Iterator[str]:
+    yield message.content
+    yield message.reasoning or ""
+    for call in message.tool_calls:
+        yield call.name
+        yield from _strings(call.arguments)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
