@@ -15,6 +15,7 @@ from chatlora.rendering.limits import TOO_MUCH
 from chatlora.rendering.message_parts import DROPS
 from chatlora.rendering.proof import CANNOT_SPELL, FAILED
 from chatlora.rendering.template import RAISES
+from chatlora.rendering.thoughts import A_THOUGHT
 from chatlora.rendering.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTINUED
 
 MOST_SET_ASIDE = 0.5  # of a source's rows; beyond, the model and the data do not fit each other
@@ -24,6 +25,7 @@ MOST_TOO_LONG = 0.05  # of all replies; beyond, it is a warning
 REPLIES_LOST = "replies beyond max_length are lost"
 CUT = "cut at max_length"
 LIFTED_BY = "lifted_by"
+BY_SETTING = (A_THOUGHT,)  # how kinds of change begin that are not the chat template's
 OTHER_TEMPLATE = "set model.chat_template to a Jinja file that renders such rows, or model.chat_template_kwargs"
 REMEDIES = {  # by how a reason begins
     UNREAD: "mend the rows; data.on_bad_row: error tells all that is wrong with them",
@@ -52,11 +54,11 @@ class SourceAccount:
     where a whole source is held out, of the rows held out; a row's `repeat` is not counted.
 
     set_aside, cut: `{place, reason}`, `detail` where something more is known of the row, and `lifted_by` where a chat
-    template of the package was found to render it. altered: how many turns
-    the template changed without losing anything, by kind. replies: of all rows but those set aside for something else
-    than their length; too_long: the `max_length` that each of them takes which is lost or cut, None where nobody
-    measured it. part, left: which part of the source was read, where it has several, and those that were not, with how
-    many files each (0: of the hub).
+    template of the package was found to render it. altered: how many turns were changed, by kind: by the template
+    without losing anything, or as a setting says. replies: of all rows but those set aside for something else than
+    their length; too_long: the `max_length` that each of them takes which is lost or cut, None where nobody measured
+    it. part, left: which part of the source was read, where it has several, and those that were not, with how many
+    files each (0: of the hub).
     """
 
     path: str
@@ -165,13 +167,17 @@ def summary_lines(ledger: Mapping[str, Any]) -> list[str]:
         )
         lines += [f"  set aside {reason}" for reason in counted(source["set_aside"])]
         lines += [f"  not whole: {reason}" for reason in counted(source["cut"])]
-        lines += [f"  in {turns:,} turns {kind} by the chat template" for kind, turns in source["altered"].items()]
+        lines += [f"  in {turns:,} turns {_told_altered(kind)}" for kind, turns in source["altered"].items()]
     lines += [_told_too_long(ledger)] if ledger["replies_too_long"] else []
     return lines + alike_lines(ledger.get("alike", {}))
 
 
 def _told_left(left: Mapping[str, int]) -> str:
     return ", ".join(f"{part} ({files:,} file{'s' * (files > 1)})" if files else part for part, files in left.items())
+
+
+def _told_altered(kind: str) -> str:
+    return kind if kind.startswith(BY_SETTING) else f"{kind} by the chat template"
 
 
 def _told_too_long(ledger: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ SETTINGS = (
     "data.over_length",
     "data.on_bad_row",
     "data.supervise",
+    "data.reasoning",
     "evaluation.max_new_tokens",
     "evaluation.max_prompt_length",
     "evaluation.max_tokens_per_batch",

@@ -17,7 +17,7 @@ from typing import Any
 
 from chatlora.config import RowFormat
 from chatlora.errors import DataError, did_you_mean
-from chatlora.reading.conversation import Conversation, Message, split_reasoning
+from chatlora.reading.conversation import Conversation, Message, Said, reply, split_reasoning
 from chatlora.reading.messages import (
     described,
     parse_json,
@@ -175,10 +175,10 @@ def _read_sharegpt_turn(turn: Any, path: str, problems: list[str]) -> list[Messa
     if not isinstance(turn, Mapping) or turn.get("from") != "function_call":
         return read_message(turn, path, problems, role_key="from", content_key="value")
     path = f"{path}.value"
-    value, reasoning = turn.get("value"), None
+    value, thought = turn.get("value"), Said(None, "")
     if isinstance(value, str):
-        reasoning, text = split_reasoning(value)
-        value = parse_json(text, path, problems)
+        thought = split_reasoning(value)
+        value = parse_json(thought.content, path, problems)
     elif value is None:
         problems.append(f"{path} is missing or null; it is a call with name and arguments")
     if value is None:
@@ -186,7 +186,8 @@ def _read_sharegpt_turn(turn: Any, path: str, problems: list[str]) -> list[Messa
     calls = value if isinstance(value, list) else [value]
     read = [read_tool_call(call, f"{path}[{i}]" if calls is value else path, problems) for i, call in enumerate(calls)]
     tool_calls = tuple(call for call in read if call is not None)
-    return [Message("assistant", "", reasoning, tool_calls, loss=read_loss(turn, path, problems))]
+    loss = read_loss(turn, path, problems)
+    return [Message("assistant", "", thought.reasoning, tool_calls, loss=loss, thought_text=thought.thought_text)]
 
 
 def _read_alpaca(fields: Mapping[str, Any], problems: list[str]) -> list[Message]:
@@ -225,8 +226,7 @@ def _unlearned(message: Message) -> Message:
 def _exchange(question: str | None, answer: str | None) -> list[Message]:
     if question is None or answer is None:
         return []
-    reasoning, content = split_reasoning(answer)
-    return [Message("user", question), Message("assistant", content, reasoning)]
+    return [Message("user", question), reply(answer)]
 
 
 def _read_list(value: Any, column: str, problems: list[str]) -> list[Any]:

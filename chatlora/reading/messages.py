@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from chatlora.errors import did_you_mean
-from chatlora.reading.conversation import ROLES, Message, Role, ToolCall, split_reasoning
+from chatlora.reading.conversation import ROLES, Message, Role, Said, ToolCall, split_reasoning
 
 ROLE_NAMES: dict[str, Role] = {
     **{role: role for role in ROLES},
@@ -46,14 +46,14 @@ def read_message(
         return _read_call_with_result(fields, path, loss, problems)
     tool_calls = _read_tool_calls(fields, path, problems) if role == "assistant" else ()
     content = _read_content(fields, content_key, role, path, problems)
-    reasoning = None
+    said = Said(None, content or "")
     if role == "assistant" and content is not None:
-        reasoning, content = _read_reasoning(fields, content, path, problems)
+        said = _read_reasoning(fields, content, path, problems)
     tool_call_id = _read_optional_text(fields, "tool_call_id", path, problems)
     name = _read_optional_text(fields, "name", path, problems)
     if role is None or content is None:
         return []
-    return [Message(role, content, reasoning, tool_calls, tool_call_id, name, loss)]
+    return [Message(role, said.content, said.reasoning, tool_calls, tool_call_id, name, loss, said.thought_text)]
 
 
 def read_role(fields: Mapping[str, Any], key: str, path: str, problems: list[str]) -> Role | None:
@@ -242,13 +242,13 @@ def _read_content(fields: Mapping[str, Any], key: str, role: Role | None, path: 
     return read(value, f"{path}.{key}", problems, _instead(fields, key))
 
 
-def _read_reasoning(fields: Mapping[str, Any], content: str, path: str, problems: list[str]) -> tuple[str | None, str]:
+def _read_reasoning(fields: Mapping[str, Any], content: str, path: str, problems: list[str]) -> Said:
     stated = [key for key in REASONING_KEYS if fields.get(key)]
     if not stated:
         return split_reasoning(content)
     if len({str(fields[key]) for key in stated}) > 1:
         problems.append(f"{path} has different texts in {' and '.join(stated)}; keep one")
-    return read_text(fields[stated[0]], f"{path}.{stated[0]}", problems), content
+    return Said(read_text(fields[stated[0]], f"{path}.{stated[0]}", problems), content)
 
 
 def _read_tool_calls(fields: Mapping[str, Any], path: str, problems: list[str]) -> tuple[ToolCall, ...]:

@@ -1,6 +1,7 @@
 """Conversation + tokenizer -> the token ids that train or test a model, each row proved.
 
     text      control_text.py   text that spells a control token is masked; ids and where each begins
+    taken     taken.py          what a row says, as the template takes it: thoughts (thoughts.py), arguments
     template  template.py       the chat template: messages -> text
     turns     turns.py          the span of text that each reply is
     parts     message_parts.py  is all of the message in it?
@@ -22,7 +23,7 @@ from datetime import date
 from time import perf_counter
 from typing import Any, Self
 
-from chatlora.config import OverLength, Supervise
+from chatlora.config import OverLength, Reasoning, Supervise
 from chatlora.errors import SetAside
 from chatlora.reading.conversation import Conversation
 from chatlora.rendering.control_text import ControlText
@@ -41,7 +42,8 @@ from chatlora.rendering.examples import (
 )
 from chatlora.rendering.limits import PROBE, bounded, bounds_for
 from chatlora.rendering.proof import Proof
-from chatlora.rendering.template import ChatTemplate, chat_template_of, resolve_template_kwargs, template_messages
+from chatlora.rendering.taken import Taking, masked_messages
+from chatlora.rendering.template import ChatTemplate, chat_template_of, resolve_template_kwargs
 from chatlora.rendering.template_edits import template_edits
 from chatlora.rendering.turns import NO_TARGET, StopTokens, Turn, check_context, read_tool_message, read_turn, targets
 
@@ -63,14 +65,14 @@ class Renderer:
     `chat_template` overrides the tokenizer's own; `chat_template_kwargs` are used as given (see
     `template.resolve_template_kwargs` for the default of `enable_thinking`); templates see the date
     `chat_template_date` (today unless given); `generation_stop_ids` are the eos ids of the model's generation config;
-    `text` is the tokenizer's ControlText, where there is one already.
+    `reasoning` is `data.reasoning`; `text` is the tokenizer's ControlText, where there is one already.
     Raises ModelError where there is no template, or no fast tokenizer.
     """
 
     stop_ids: tuple[int, ...]
     """Every id that ends a reply: the tokenizer's eos, `generation_stop_ids`, and what the template shows."""
-    arguments_as_text: bool
-    """Whether the template takes the arguments of calls as JSON text only."""
+    taking: Taking
+    """What the template takes of a conversation, and how."""
     proof_seconds: float
     """Seconds spent in proofs so far."""
 
@@ -82,6 +84,7 @@ class Renderer:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         chat_template_date: date | None = None,
         generation_stop_ids: Sequence[int] = (),
+        reasoning: Reasoning = "auto",
         text: ControlText | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -95,13 +98,14 @@ class Renderer:
         )
         self._text = text or ControlText(tokenizer)
         self._generation_stop_ids = tuple(generation_stop_ids)
+        self._reasoning = reasoning
         with bounded(PROBE):
-            self.arguments_as_text = self._template.takes_arguments_as_text()
+            self.taking = Taking(self._template, reasoning)
             self._stops = StopTokens(self._template, self._text.spellings, tokenizer.eos_token_id, generation_stop_ids)
         self.stop_ids = self._stops.ids
         self._proof = Proof(tokenizer, self._template, self._text, self.stop_ids)
         self.proof_seconds = 0.0
-        described = [self._text.digest, self._template.digest(), str(self.stop_ids)]
+        described = [self._text.digest, self._template.digest(), str(self.stop_ids), self.taking.thoughts]
         self.fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()
 
     def render(
@@ -132,7 +136,8 @@ class Renderer:
             lost_turns=len(turns) - num_turns,
             lost_targets=sum(draft.num_targets() for draft in drafts) - sum(draft.num_targets() for draft in kept),
             too_long=missed,
-            altered=Counter(kind for draft in kept for turn in draft.turns for kind in turn.altered),
+            altered=Counter(kind for draft in kept for turn in draft.turns for kind in turn.altered)
+            + Counter(self.taking.taken(conversation).changes),
         )
 
     def render_for_evaluation(
@@ -154,7 +159,7 @@ class Renderer:
         with bounded(bounds_for(conversation), conversation.place):
             drafts = self._drafts_for_evaluation(conversation, supervise)
         examples, set_aside, cut = [], [], 0
-        altered: Counter[str] = Counter()
+        altered = Counter(self.taking.taken(conversation).changes)
         for draft in drafts:
             [(start, _)], [turn] = draft.spans, draft.turns
             prompt, reference = draft.ids[:start], draft.ids[start:]
@@ -184,7 +189,8 @@ class Renderer:
         """Raises SetAside unless `example` is exactly that of these turns; see `proof.Proof.prove`."""
         began = perf_counter()
         try:
-            self._proof.prove(example.input_ids, example.labels, self._as_taken(conversation), turns)
+            taken = self.taking.taken(conversation).conversation
+            self._proof.prove(example.input_ids, example.labels, taken, turns)
         finally:
             self.proof_seconds += perf_counter() - began
 
@@ -196,21 +202,15 @@ class Renderer:
             chat_template_kwargs=self.chat_template_kwargs,
             chat_template_date=self._template.date,
             generation_stop_ids=self._generation_stop_ids,
+            reasoning=self._reasoning,
             text=self._text,
         )
 
     # ---- text
 
     def _masked(self, conversation: Conversation) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        mask = self._text.mask
-        messages = [
-            {key: value if key == "role" else mask(value) for key, value in message.items()}
-            for message in template_messages(self._as_taken(conversation).as_template_input())
-        ]
-        return messages, mask(conversation.tools)
-
-    def _as_taken(self, conversation: Conversation) -> Conversation:
-        return conversation.with_arguments_as_text() if self.arguments_as_text else conversation
+        taken, mask = self.taking.taken(conversation).conversation, self._text.mask
+        return masked_messages(taken, mask, self._text.spellings.values()), mask(taken.tools)
 
     def _turns(self, conversation: Conversation, supervise: Supervise) -> tuple[str, list[Turn]]:
         indices = targets(conversation, supervise)
