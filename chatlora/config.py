@@ -24,6 +24,7 @@ OnBadRow = Literal["error", "set_aside"]
 OnLeak = Literal["warn", "drop", "error"]
 Supervise = Literal["all", "last"]
 Reasoning = Literal["auto", "field", "text", "drop"]
+ControlWords = Literal["text", "token"]
 BestBy = Literal["first", "mean"]
 Style = Literal["chatlora", "chatglm3"]
 Precision = Literal["auto", "bf16", "fp32"]
@@ -82,6 +83,9 @@ class DataConfig(Section):
         "auto",
         description="thoughts: field gives them to the template, text leaves <think>...</think> in the reply, drop "
         "leaves them out; auto: field where the template has a place for them, else text",
+    )
+    control_text: ControlWords = Field(
+        "text", description="a message that spells a control token means text, or the token, as servers read it"
     )
 
     @model_validator(mode="after")

@@ -75,6 +75,7 @@ def renderer_for(
         chat_template_date=model.chat_template_date,
         generation_stop_ids=generation_stop_ids(model),
         reasoning=data.reasoning,
+        control_text=data.control_text,
     )
 
 

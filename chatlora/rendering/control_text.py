@@ -5,19 +5,22 @@ spelling is moved, character by character, to a private plane of Unicode (`mask`
 to it. After rendering, what still spells an added token is the template's. `ControlText.encode` then respells those
 with private characters that only a copy of the tokenizer knows as its added tokens, moves the messages' text back,
 and encodes all of it at once with that copy, to which `<|im_end|>` is a word like any other.
+
+Under `data.control_text: token` nothing is masked (`checked`), and everything is encoded as servers do.
 """
 
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from chatlora.errors import ModelError, SetAside
+from chatlora.rendering.tokenizer_copies import plain_copy, renamed
 
 PRIVATE = "the text uses Unicode's private planes, which masking needs"
 SURROGATE = "the text holds half of a surrogate pair, which no tokenizer takes"
@@ -68,7 +71,7 @@ class ControlText:
         self._serialized = serialized
         whole = {token.content for token in tokenizer.added_tokens_decoder.values() if token.single_word}
         self._words = _Words(tuple(self.spellings.values()), whole)
-        self._plain = _plain_copy(json.loads(serialized))
+        self._plain = plain_copy(json.loads(serialized))
         self._tails: dict[str, list[int]] = {}
 
     # ---- masking
@@ -79,13 +82,11 @@ class ControlText:
         Also the ends of a string that are part of an added token, since a template may join it to the rest. Raises
         SetAside where the text holds private characters already, or what no tokenizer takes.
         """
-        if isinstance(value, str):
-            return self._words.mask(value)
-        if isinstance(value, dict):
-            return {self.mask(key): self.mask(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self.mask(item) for item in value]
-        return value
+        return _in_strings(value, self._words.mask)
+
+    def checked(self, value: Any) -> Any:
+        """`value` as it is, control tokens and all. Raises SetAside as `mask` does."""
+        return _in_strings(value, _usable)
 
     def spells_control(self, text: str) -> bool:
         """Whether the text, unmasked, spells a whole added token anywhere."""
@@ -154,7 +155,7 @@ class ControlText:
     def _respelling(self) -> Tokenizer:
         """The copy that knows its added tokens by private spellings only. Built when text first needs it."""
         names = {spelling: "".join(_respelled(self._numbers[id], spelling)) for id, spelling in self.spellings.items()}
-        return _plain_copy(_renamed(json.loads(self._serialized), names))
+        return plain_copy(renamed(json.loads(self._serialized), names))
 
     @functools.cached_property
     def _original_ids(self) -> dict[int, int]:
@@ -205,11 +206,7 @@ class _Words:
         )
 
     def mask(self, text: str) -> str:
-        if not text.isascii():
-            for unusable, reason in ((_PRIVATE_PLANES, PRIVATE), (_SURROGATES, SURROGATE)):
-                if unusable.search(text):
-                    raise SetAside(reason)
-        spans = list(self._spans(text))
+        spans = list(self._spans(_usable(text)))
         if not spans:
             return text
         characters = list(text)
@@ -252,6 +249,24 @@ def _is_word(character: str) -> bool:
     return character.isalpha() or character.isdecimal() or character == "_"
 
 
+def _usable(text: str) -> str:
+    """The text. Raises SetAside where it holds what no text may."""
+    if not text.isascii():
+        for unusable, reason in ((_PRIVATE_PLANES, PRIVATE), (_SURROGATES, SURROGATE)):
+            if unusable.search(text):
+                raise SetAside(reason)
+    return text
+
+
+def _in_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with each of its strings changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): _in_strings(item, change) for key, item in value.items()}
+    return [_in_strings(item, change) for item in value] if isinstance(value, list | tuple) else value
+
+
 def any_of(words: Iterable[str]) -> re.Pattern[str]:
     """Matches the longest of the words; of none, nothing."""
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
@@ -266,34 +281,3 @@ def _masked(character: str) -> str:
 
 def _respelled(number: int, spelling: str) -> list[str]:
     return [chr(_CONTROL + number)] * len(spelling)
-
-
-def _plain_copy(state: dict[str, Any]) -> Tokenizer:
-    """A tokenizer of this state that adds nothing, cuts nothing and tells offsets with the whitespace they hold."""
-    return Tokenizer.from_str(json.dumps({**state, "post_processor": None, "truncation": None, "padding": None}))
-
-
-def _renamed(state: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """The tokenizer's state with its added tokens under other names, in the model's vocabulary too.
-
-    There they may be reached by merges, or whole (Unigram, WordLevel, `ignore_merges`).
-    """
-    for token in state["added_tokens"]:
-        if token["content"] in names:
-            # Not normalized, or the private spelling might change before it is looked for.
-            token.update(content=names[token["content"]], normalized=False, single_word=False)
-    model = state["model"]
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {names.get(word, word): id for word, id in model["vocab"].items()}
-    else:
-        model["vocab"] = [[names.get(word, word), score] for word, score in model["vocab"]]
-    if model.get("unk_token") in names:
-        model["unk_token"] = names[model["unk_token"]]
-    if model.get("merges"):
-        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
-        model["merges"] = [
-            [left, right]
-            for left, right in pairs
-            if left not in names and right not in names and left + right not in names
-        ]
-    return state

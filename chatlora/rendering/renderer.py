@@ -23,7 +23,7 @@ from datetime import date
 from time import perf_counter
 from typing import Any, Self
 
-from chatlora.config import OverLength, Reasoning, Supervise
+from chatlora.config import ControlWords, OverLength, Reasoning, Supervise
 from chatlora.errors import SetAside
 from chatlora.reading.conversation import Conversation
 from chatlora.rendering.control_text import ControlText
@@ -65,7 +65,8 @@ class Renderer:
     `chat_template` overrides the tokenizer's own; `chat_template_kwargs` are used as given (see
     `template.resolve_template_kwargs` for the default of `enable_thinking`); templates see the date
     `chat_template_date` (today unless given); `generation_stop_ids` are the eos ids of the model's generation config;
-    `reasoning` is `data.reasoning`; `text` is the tokenizer's ControlText, where there is one already.
+    `reasoning` and `control_text` are the settings of `data`; `text` is the tokenizer's ControlText, where there is
+    one already.
     Raises ModelError where there is no template, or no fast tokenizer.
     """
 
@@ -85,6 +86,7 @@ class Renderer:
         chat_template_date: date | None = None,
         generation_stop_ids: Sequence[int] = (),
         reasoning: Reasoning = "auto",
+        control_text: ControlWords = "text",
         text: ControlText | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -98,14 +100,14 @@ class Renderer:
         )
         self._text = text or ControlText(tokenizer)
         self._generation_stop_ids = tuple(generation_stop_ids)
-        self._reasoning = reasoning
+        self._reasoning, self._control_text = reasoning, control_text
         with bounded(PROBE):
             self.taking = Taking(self._template, reasoning)
             self._stops = StopTokens(self._template, self._text.spellings, tokenizer.eos_token_id, generation_stop_ids)
         self.stop_ids = self._stops.ids
-        self._proof = Proof(tokenizer, self._template, self._text, self.stop_ids)
+        self._proof = Proof(tokenizer, self._template, self._text, self.stop_ids, control_text)
         self.proof_seconds = 0.0
-        described = [self._text.digest, self._template.digest(), str(self.stop_ids), self.taking.thoughts]
+        described = [self._text.digest, self._template.digest(), str(self.stop_ids), self.taking.thoughts, control_text]
         self.fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()
 
     def render(
@@ -203,13 +205,15 @@ class Renderer:
             chat_template_date=self._template.date,
             generation_stop_ids=self._generation_stop_ids,
             reasoning=self._reasoning,
+            control_text=self._control_text,
             text=self._text,
         )
 
     # ---- text
 
     def _masked(self, conversation: Conversation) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        taken, mask = self.taking.taken(conversation).conversation, self._text.mask
+        taken = self.taking.taken(conversation).conversation
+        mask = self._text.mask if self._control_text == "text" else self._text.checked
         return masked_messages(taken, mask, self._text.spellings.values()), mask(taken.tools)
 
     def _turns(self, conversation: Conversation, supervise: Supervise) -> tuple[str, list[Turn]]:
