@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from chatlora.evaluation.metrics import score
     from chatlora.model.loading import load_for_inference
     from chatlora.reading.formats import parse_row
-    from chatlora.rendering.renderer import render, render_for_evaluation
+    from chatlora.rendering.single import render, render_for_evaluation
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_for_inference", "parse_row", "render", "render_for_evaluation", "score"]
@@ -18,8 +18,8 @@ __all__ = ["__version__", "load_for_inference", "parse_row", "render", "render_f
 _HOMES = {
     "load_for_inference": "chatlora.model.loading",
     "parse_row": "chatlora.reading.formats",
-    "render": "chatlora.rendering.renderer",
-    "render_for_evaluation": "chatlora.rendering.renderer",
+    "render": "chatlora.rendering.single",
+    "render_for_evaluation": "chatlora.rendering.single",
     "score": "chatlora.evaluation.metrics",
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from chatlora.data.alike import alike_lines
 from chatlora.errors import DataError
+from chatlora.reading.hermes import HERMES
 from chatlora.reading.sources import Unread
 from chatlora.rendering.control_text import PRIVATE, READ_AS_CONTROL
 from chatlora.rendering.examples import NO_REPLY_FITS, NO_TARGET_LEFT, PROMPT_TOO_LONG, TOO_LONG
@@ -25,7 +26,7 @@ MOST_TOO_LONG = 0.05  # of all replies; beyond, it is a warning
 REPLIES_LOST = "replies beyond max_length are lost"
 CUT = "cut at max_length"
 LIFTED_BY = "lifted_by"
-BY_SETTING = (A_THOUGHT,)  # how kinds of change begin that are not the chat template's
+BY_SETTING = (A_THOUGHT, HERMES)  # how kinds of change begin that are not the chat template's
 OTHER_TEMPLATE = "set model.chat_template to a Jinja file that renders such rows, or model.chat_template_kwargs"
 REMEDIES = {  # by how a reason begins
     UNREAD: "mend the rows; data.on_bad_row: error tells all that is wrong with them",
@@ -41,6 +42,7 @@ REMEDIES = {  # by how a reason begins
     TOO_MUCH: OTHER_TEMPLATE,
     PRIVATE: "write the rows without such characters (U+F0000 and above)",
     CANNOT_SPELL: "write the rows without such characters, or take a model that knows them",
+    HERMES: "mend the rows, or take what stands there as servers do: data.control_text: token",
     READ_AS_CONTROL: "write the rows without such words",
     FAILED: "the mistake is chatlora's, not the data's: please report one of the rows, the model and the chat template",
     NO_TARGET: "look at the roles, at `loss` in the rows, and at data.supervise",

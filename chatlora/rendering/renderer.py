@@ -43,7 +43,7 @@ from chatlora.rendering.examples import (
 from chatlora.rendering.limits import PROBE, bounded, bounds_for
 from chatlora.rendering.proof import Proof
 from chatlora.rendering.taken import Taking, masked_messages
-from chatlora.rendering.template import ChatTemplate, chat_template_of, resolve_template_kwargs
+from chatlora.rendering.template import ChatTemplate, chat_template_of
 from chatlora.rendering.template_edits import template_edits
 from chatlora.rendering.turns import NO_TARGET, StopTokens, Turn, check_context, read_tool_message, read_turn, targets
 
@@ -54,8 +54,6 @@ __all__ = [
     "Rendered",
     "RenderedForEvaluation",
     "Renderer",
-    "render",
-    "render_for_evaluation",
 ]
 
 
@@ -102,7 +100,7 @@ class Renderer:
         self._generation_stop_ids = tuple(generation_stop_ids)
         self._reasoning, self._control_text = reasoning, control_text
         with bounded(PROBE):
-            self.taking = Taking(self._template, reasoning)
+            self.taking = Taking(self._template, reasoning, control_text, self._text.spellings.values())
             self._stops = StopTokens(self._template, self._text.spellings, tokenizer.eos_token_id, generation_stop_ids)
         self.stop_ids = self._stops.ids
         self._proof = Proof(tokenizer, self._template, self._text, self.stop_ids, control_text)
@@ -126,8 +124,9 @@ class Renderer:
         """
         refuse_hopeless(conversation, targets(conversation, supervise), max_length, over_length)
         with bounded(bounds_for(conversation), conversation.place):
-            full, turns = self._turns(conversation, supervise)
-            drafts = drafts_of(self._text, full, turns, len(conversation.messages))
+            taken = self.taking.taken(conversation)
+            full, turns = self._turns(taken.conversation, supervise)
+            drafts = drafts_of(self._text, full, turns, len(taken.conversation.messages))
             for draft in drafts:
                 self.prove(draft.example(), conversation, draft.turns)
         kept, missed = fitted(drafts, max_length, over_length, conversation.place)
@@ -139,7 +138,7 @@ class Renderer:
             lost_targets=sum(draft.num_targets() for draft in drafts) - sum(draft.num_targets() for draft in kept),
             too_long=missed,
             altered=Counter(kind for draft in kept for turn in draft.turns for kind in turn.altered)
-            + Counter(self.taking.taken(conversation).changes),
+            + Counter(taken.changes),
         )
 
     def render_for_evaluation(
@@ -157,11 +156,11 @@ class Renderer:
         `max_prompt_length` (None: no limit) is set aside by name, or raises DataError under `error`. References are
         whole, but for `cut`, which cuts them at `max_new_tokens` and counts. Raises SetAside as `render` does.
         """
-        order = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
         with bounded(bounds_for(conversation), conversation.place):
-            drafts = self._drafts_for_evaluation(conversation, supervise)
-        examples, set_aside, cut = [], [], 0
-        altered = Counter(self.taking.taken(conversation).changes)
+            taken = self.taking.taken(conversation)
+            drafts = self._drafts_for_evaluation(conversation, taken.conversation, supervise)
+        order = [index for index, message in enumerate(taken.conversation.messages) if message.role == "assistant"]
+        examples, set_aside, cut, altered = [], [], 0, Counter(taken.changes)
         for draft in drafts:
             [(start, _)], [turn] = draft.spans, draft.turns
             prompt, reference = draft.ids[:start], draft.ids[start:]
@@ -179,13 +178,13 @@ class Renderer:
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """The ids of the whole conversation and the generation prompt after it."""
-        messages, tools = self._masked(conversation)
         with bounded(bounds_for(conversation)):
+            messages, tools = self._masked(self.taking.taken(conversation).conversation)
             return self._text.encode(self._template.render(messages, tools, prompt=True)).ids
 
     def turns(self, conversation: Conversation, supervise: Supervise = "all") -> list[Turn]:
         """The supervised turns as text. Raises SetAside as `render` does."""
-        return self._turns(conversation, supervise)[1]
+        return self._turns(self.taking.taken(conversation).conversation, supervise)[1]
 
     def prove(self, example: Example, conversation: Conversation, turns: Sequence[Turn]) -> None:
         """Raises SetAside unless `example` is exactly that of these turns; see `proof.Proof.prove`."""
@@ -212,9 +211,9 @@ class Renderer:
     # ---- text
 
     def _masked(self, conversation: Conversation) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        taken = self.taking.taken(conversation).conversation
+        """Of a conversation as the template takes it."""
         mask = self._text.mask if self._control_text == "text" else self._text.checked
-        return masked_messages(taken, mask, self._text.spellings.values()), mask(taken.tools)
+        return masked_messages(conversation, mask, self._text.spellings.values()), mask(conversation.tools)
 
     def _turns(self, conversation: Conversation, supervise: Supervise) -> tuple[str, list[Turn]]:
         indices = targets(conversation, supervise)
@@ -229,11 +228,13 @@ class Renderer:
             check_context(self._template, messages, tools, turn)
         return full, turns
 
-    def _drafts_for_evaluation(self, conversation: Conversation, supervise: Supervise) -> list[Draft]:
+    def _drafts_for_evaluation(
+        self, conversation: Conversation, taken: Conversation, supervise: Supervise
+    ) -> list[Draft]:
         """One for each assistant turn that is a target, rendered as the last message and proved."""
-        messages, tools = self._masked(conversation)
+        messages, tools = self._masked(taken)
         drafts = []
-        for index in self._assistant_targets(conversation, supervise):
+        for index in self._assistant_targets(taken, supervise):
             turn = read_turn(self._template, self._stops, messages[: index + 1], tools, index, None)
             check_context(self._template, messages, tools, turn)
             drafts.append(draft_alone(self._text, self._with_template_edits(turn, messages)))
@@ -253,49 +254,3 @@ class Renderer:
         if not answers:
             raise SetAside(NO_TARGET)
         return answers
-
-
-def render(
-    conversation: Conversation,
-    tokenizer: Any,
-    *,
-    max_length: int,
-    over_length: OverLength = "fit",
-    supervise: Supervise = "all",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[Example]:
-    """One conversation's training examples, as if it were all of the data (which decides on `enable_thinking`).
-
-    For many conversations build a `Renderer` once.
-    """
-    renderer = _renderer_of(conversation, tokenizer, chat_template_kwargs)
-    rendered = renderer.render(conversation, max_length=max_length, over_length=over_length, supervise=supervise)
-    return list(rendered.examples)
-
-
-def render_for_evaluation(
-    conversation: Conversation,
-    tokenizer: Any,
-    *,
-    max_prompt_length: int | None,
-    max_new_tokens: int,
-    over_length: OverLength = "fit",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[EvalExample]:
-    """One conversation's samples, as if it were all of the data (which decides on `enable_thinking`).
-
-    For many conversations build a `Renderer` once; it also tells what was set aside.
-    """
-    renderer = _renderer_of(conversation, tokenizer, chat_template_kwargs)
-    return list(
-        renderer.render_for_evaluation(
-            conversation, max_prompt_length=max_prompt_length, max_new_tokens=max_new_tokens, over_length=over_length
-        )
-    )
-
-
-def _renderer_of(conversation: Conversation, tokenizer: Any, kwargs: Mapping[str, Any] | None) -> Renderer:
-    any_reasoning = any(message.reasoning for message in conversation.messages)
-    template = chat_template_of(tokenizer, None)
-    resolved = resolve_template_kwargs(template, kwargs or {}, any_reasoning=any_reasoning)
-    return Renderer(tokenizer, chat_template_kwargs=resolved)

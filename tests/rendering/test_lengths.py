@@ -7,7 +7,8 @@ import pytest
 
 from chatlora.errors import DataError, SetAside
 from chatlora.reading.conversation import Conversation, Message
-from chatlora.rendering.renderer import IGNORE_INDEX, Example, Renderer, render_for_evaluation
+from chatlora.rendering.renderer import IGNORE_INDEX, Example, Renderer
+from chatlora.rendering.single import render_for_evaluation
 from tests.exactness import rendered_ids, spans
 from tests.tiny_tokenizers import GLM, GLM_TOKENS, TOOL_TOKENS, tiny_tokenizer
 

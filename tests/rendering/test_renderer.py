@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from chatlora.config import Supervise
 from chatlora.errors import ModelError, SetAside
 from chatlora.reading.conversation import Conversation, Message, ToolCall
-from chatlora.rendering.renderer import IGNORE_INDEX, Example, Renderer, render
+from chatlora.rendering.renderer import IGNORE_INDEX, Example, Renderer
+from chatlora.rendering.single import render
 from chatlora.rendering.template import resolve_template_kwargs
 from tests.exactness import assert_exact, rendered_ids, spans
 from tests.tiny_tokenizers import (
