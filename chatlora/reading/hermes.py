@@ -137,9 +137,12 @@ def _calls(body: str) -> Iterator[ToolCall]:
 
 
 def _results(message: Message, changes: Counter[str]) -> Iterator[Message]:
-    """Raises _Inexact where anything but results stands in the text."""
+    """Raises _Inexact where anything but results stands in the text of a user; a tool may say what it likes."""
     if _RESULT.sub("", message.content).strip():
-        raise _Inexact(TEXT_BESIDE)
+        if message.role == "user":
+            raise _Inexact(TEXT_BESIDE)
+        yield message
+        return
     changes[RESULTS_READ] += 1
     loss = message.loss if message.role == "tool" else None
     for body in _RESULT.findall(message.content):

@@ -23,6 +23,8 @@ LEFT_OUT = f"{A_THOUGHT} is left out"
 
 _OPEN, _CLOSE = "<think>", "</think>"
 _TAGS = re.compile(f"({_OPEN})(.*)({_CLOSE})", re.DOTALL)  # of a head: the thought itself may spell some too
+_ASKED = Message("user", "Hello")
+_REPLIES = 2  # to see what an earlier one keeps
 _THOUGHT, _ANSWER = "w918275w", "w918276w"  # for a thought and a text that no template has by itself
 _HIDDEN_OPEN, _HIDDEN_CLOSE = "w918277w", "w918278w"  # for the tags, to which templates react
 
@@ -30,16 +32,17 @@ _HIDDEN_OPEN, _HIDDEN_CLOSE = "w918277w", "w918278w"  # for the tags, to which t
 def place_of(template: ChatTemplate, wanted: Reasoning) -> Place:
     """Where thoughts go under `data.reasoning`.
 
-    `auto` is `text` where the template shows them whole there, and a field of their own not at all, or as that text:
-    then what the data has is as good, and stays as it is.
+    `auto` is `text` where the template shows them whole there, in earlier replies too, and a field of their own not at
+    all, or as that text: then what the data has is as good, and stays as it is. Never where the prompt opens them.
     """
     if wanted != "auto":
         return wanted
     inside = _as_text(_THOUGHT, _OPEN, _CLOSE) + _ANSWER
-    if inside not in _rendered(template, Message("assistant", inside)):
+    opened = _rendered(template, (_ASKED,), prompt=True).rstrip().endswith(_OPEN)
+    if opened or _replied(template, Message("assistant", inside)).count(inside) < _REPLIES:
         return "field"
-    apart = _rendered(template, Message("assistant", _ANSWER, _THOUGHT))
-    hidden = _rendered(template, Message("assistant", _as_text(_THOUGHT, _HIDDEN_OPEN, _HIDDEN_CLOSE) + _ANSWER))
+    apart = _replied(template, Message("assistant", _ANSWER, _THOUGHT))
+    hidden = _replied(template, Message("assistant", _as_text(_THOUGHT, _HIDDEN_OPEN, _HIDDEN_CLOSE) + _ANSWER))
     as_text = hidden.replace(_HIDDEN_OPEN, _OPEN).replace(_HIDDEN_CLOSE, _CLOSE)
     return "text" if _THOUGHT not in apart or apart == as_text else "field"
 
@@ -72,11 +75,12 @@ def _as_text(thought: str, opening: str, closing: str) -> str:
     return f"{opening}\n{thought}\n{closing}\n\n"
 
 
-def _rendered(template: ChatTemplate, reply: Message) -> str:
-    """A conversation in which this is the first reply and the last."""
-    asked = Message("user", "Hello")
+def _replied(template: ChatTemplate, reply: Message) -> str:
+    return _rendered(template, (_ASKED, reply) * _REPLIES)
+
+
+def _rendered(template: ChatTemplate, messages: tuple[Message, ...], *, prompt: bool = False) -> str:
     try:
-        talk = Conversation((asked, reply, asked, reply)).as_template_input()
-        return template.render(template_messages(talk), (), prompt=False)
+        return template.render(template_messages(Conversation(messages).as_template_input()), (), prompt=prompt)
     except SetAside:  # it wants something else of a conversation; rows will tell
         return ""

@@ -255,7 +255,7 @@ def test_every_refusal_names_a_template_of_the_package_that_renders_the_row(
 ) -> None:
     rows = [row for name, row in outcomes.items() if name == original(name)]
     assert_lifted(rows)
-    assert sum(outcome.lifted is not None for row in rows for outcome in row) > 60
+    assert sum(outcome.lifted is not None for row in rows for outcome in row) > 50
 
 
 @pytest.mark.slow

@@ -230,7 +230,8 @@ def test_a_first_message_of_the_assistant_is_refused_unless_it_is_no_target(chat
         (Conversation((Message("user", "search"), ASSISTANT), (TOOL,)), "the chat template drops the tools on offer"),
     ],
 )
-def test_what_the_template_drops_is_found_out(chatml: Renderer, conversation: Conversation, reason: str) -> None:
+def test_what_the_template_drops_is_found_out(conversation: Conversation, reason: str) -> None:
+    chatml = Renderer(tiny_tokenizer(), reasoning="field")
     for attempt in (chatml.render, chatml.render_for_evaluation):
         limits: dict[str, Any] = {"max_prompt_length": LONG, "max_new_tokens": 9}
         if attempt == chatml.render:
