@@ -17,7 +17,7 @@ from chatlora.rendering.message_parts import DROPS
 from chatlora.rendering.proof import CANNOT_SPELL, FAILED
 from chatlora.rendering.template import RAISES
 from chatlora.rendering.thoughts import A_THOUGHT
-from chatlora.rendering.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTINUED
+from chatlora.rendering.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTINUED, SPELLS_STOP
 
 MOST_SET_ASIDE = 0.5  # of a source's rows; beyond, the model and the data do not fit each other
 UNREAD = "the row cannot be read"
@@ -46,6 +46,7 @@ REMEDIES = {  # by how a reason begins
     READ_AS_CONTROL: "write the rows without such words",
     FAILED: "the mistake is chatlora's, not the data's: please report one of the rows, the model and the chat template",
     NO_TARGET: "look at the roles, at `loss` in the rows, and at data.supervise",
+    SPELLS_STOP: "mend the rows, or take control words as text: data.control_text: text",
     COMES_FIRST: 'begin with a user message, or give the first one "loss": false',
 }
 

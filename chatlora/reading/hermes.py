@@ -79,6 +79,10 @@ class _Inexact(Exception):
     """Its text is the problem."""
 
 
+class _Ambiguous(Exception):
+    """JSON that says a name twice, or NaN."""
+
+
 def read_hermes(conversation: Conversation) -> Hermes | None:
     """None where no message tells of tool use in its text."""
     if not any(tag in message.content for message in conversation.messages for tag in TAGS[::2]):
@@ -191,15 +195,28 @@ def _around(before: str, after: str) -> str | None:
 
 def _values(body: str, otherwise: str) -> list[Any]:
     """The JSON values that stand one after the other, or the one that Python wrote. Raises _Inexact(otherwise)."""
-    decoder, position, values = json.JSONDecoder(), 0, []
+    decoder, position, values = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_number), 0, []
     try:
         while position < len(body):
             value, end = decoder.raw_decode(body, position)
             values.append(value)
             position = end + len(_SPACE.match(body, end)[0])  # type: ignore[index]
         return values
+    except _Ambiguous:
+        raise _Inexact(otherwise) from None
     except (ValueError, RecursionError):
         return [_written_by_python(body, otherwise)]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise _Ambiguous
+    return fields
+
+
+def _no_number(constant: str) -> None:
+    raise _Ambiguous(constant)
 
 
 def _written_by_python(body: str, otherwise: str) -> Any:

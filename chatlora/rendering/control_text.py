@@ -6,7 +6,7 @@ to it. After rendering, what still spells an added token is the template's. `Con
 with private characters that only a copy of the tokenizer knows as its added tokens, moves the messages' text back,
 and encodes all of it at once with that copy, to which `<|im_end|>` is a word like any other.
 
-Under `data.control_text: token` nothing is masked (`checked`), and everything is encoded as servers do.
+Under `data.control_text: token` nothing is masked, and everything is encoded as servers do.
 """
 
 import functools
@@ -19,6 +19,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from chatlora.config import ControlWords
 from chatlora.errors import ModelError, SetAside
 from chatlora.rendering.tokenizer_copies import plain_copy, renamed
 
@@ -56,17 +57,18 @@ def unmask(text: str) -> str:
 class ControlText:
     """A tokenizer seen as text plus control tokens. Built once; picklable."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, control_text: ControlWords = "text") -> None:
         if not tokenizer.is_fast:
             raise ModelError(
                 f"{tokenizer.name_or_path or 'the tokenizer'}: has no tokenizer.json; where each token stands in the "
                 "text can only be told by a fast tokenizer; convert it with transformers, or use the model's fast one"
             )
         serialized = tokenizer.backend_tokenizer.to_str()
-        self.digest = hashlib.sha256(serialized.encode()).hexdigest()
+        self.digest = hashlib.sha256((control_text + serialized).encode()).hexdigest()
         self.spellings: dict[int, str] = {
             id: token.content for id, token in tokenizer.added_tokens_decoder.items() if not token.content.isspace()
         }
+        self.as_served = control_text == "token"
         self.unknown_id: int | None = tokenizer.unk_token_id  # also what text becomes that no token spells
         self._serialized = serialized
         whole = {token.content for token in tokenizer.added_tokens_decoder.values() if token.single_word}
@@ -80,13 +82,9 @@ class ControlText:
         """`value`, a string or a JSON value made of them, with all that could be read as a control token masked.
 
         Also the ends of a string that are part of an added token, since a template may join it to the rest. Raises
-        SetAside where the text holds private characters already, or what no tokenizer takes.
+        SetAside where the text holds private characters already, or what no tokenizer takes. As served: as it is.
         """
-        return _in_strings(value, self._words.mask)
-
-    def checked(self, value: Any) -> Any:
-        """`value` as it is, control tokens and all. Raises SetAside as `mask` does."""
-        return _in_strings(value, _usable)
+        return _in_strings(value, _usable if self.as_served else self._words.mask)
 
     def spells_control(self, text: str) -> bool:
         """Whether the text, unmasked, spells a whole added token anywhere."""
@@ -136,7 +134,7 @@ class ControlText:
             if id not in spellings:
                 continue
             start, end = offsets[index]
-            if (masked or text)[start:end].strip() == spellings[id].strip():
+            if self.as_served or (masked or text)[start:end].strip() == spellings[id].strip():
                 controls.append(index)
             elif id != self.unknown_id:
                 raise SetAside(READ_AS_CONTROL, f"{text[start:end]!r} as {spellings[id]!r}")

@@ -8,7 +8,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from chatlora.config import ControlWords
 from chatlora.errors import SetAside
 from chatlora.reading.conversation import Conversation
 from chatlora.rendering.control_text import ControlText, is_masked, unmask
@@ -35,19 +34,12 @@ Span = tuple[str, str, tuple[int, ...]]  # a prompt, what must be generated afte
 class Proof:
     """What a proof needs of tokenizer and template; built once, used for every example."""
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        template: ChatTemplate,
-        text: ControlText,
-        stop_ids: Sequence[int],
-        control_text: ControlWords,
-    ) -> None:
+    def __init__(self, tokenizer: Any, template: ChatTemplate, text: ControlText, stop_ids: Sequence[int]) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.spellings = text.spellings
         self.stop_ids = frozenset(stop_ids)
-        self.as_served = control_text == "token"
+        self.as_served = text.as_served
         # transformers renders the date of today, whatever the date asked for.
         self.dated = "strftime_now" in template.text
         self._canonical_tails = functools.lru_cache(maxsize=1024)(self._canonical)

@@ -16,6 +16,7 @@ Most templates give one example a conversation. A template that renders a reply 
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -45,7 +46,16 @@ from chatlora.rendering.proof import Proof
 from chatlora.rendering.taken import Taking, masked_messages
 from chatlora.rendering.template import ChatTemplate, chat_template_of
 from chatlora.rendering.template_edits import template_edits
-from chatlora.rendering.turns import NO_TARGET, StopTokens, Turn, check_context, read_tool_message, read_turn, targets
+from chatlora.rendering.turns import (
+    NO_TARGET,
+    SPELLS_STOP,
+    StopTokens,
+    Turn,
+    check_context,
+    read_tool_message,
+    read_turn,
+    targets,
+)
 
 __all__ = [
     "IGNORE_INDEX",
@@ -96,16 +106,16 @@ class Renderer:
             chat_template_date or date.today(),
             dict(tokenizer.special_tokens_map),
         )
-        self._text = text or ControlText(tokenizer)
+        self._text = text or ControlText(tokenizer, control_text)
         self._generation_stop_ids = tuple(generation_stop_ids)
         self._reasoning, self._control_text = reasoning, control_text
         with bounded(PROBE):
             self.taking = Taking(self._template, reasoning, control_text, self._text.spellings.values())
             self._stops = StopTokens(self._template, self._text.spellings, tokenizer.eos_token_id, generation_stop_ids)
         self.stop_ids = self._stops.ids
-        self._proof = Proof(tokenizer, self._template, self._text, self.stop_ids, control_text)
+        self._proof = Proof(tokenizer, self._template, self._text, self.stop_ids)
         self.proof_seconds = 0.0
-        described = [self._text.digest, self._template.digest(), str(self.stop_ids), self.taking.thoughts, control_text]
+        described = [self._text.digest, self._template.digest(), str(self.stop_ids), self.taking.thoughts]
         self.fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()
 
     def render(
@@ -212,7 +222,7 @@ class Renderer:
 
     def _masked(self, conversation: Conversation) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Of a conversation as the template takes it."""
-        mask = self._text.mask if self._control_text == "text" else self._text.checked
+        mask = self._text.mask
         return masked_messages(conversation, mask, self._text.spellings.values()), mask(conversation.tools)
 
     def _turns(self, conversation: Conversation, supervise: Supervise) -> tuple[str, list[Turn]]:
@@ -222,6 +232,7 @@ class Renderer:
         turns = []
         for index in indices:
             read = read_turn if conversation.messages[index].role == "assistant" else read_tool_message
+            self._refuse_stop(messages[index])
             turn = read(self._template, self._stops, messages, tools, index, full)
             turns.append(self._with_template_edits(turn, messages))
         for turn in (turns[0], turns[-1]) if len(turns) > 1 else turns:
@@ -235,11 +246,17 @@ class Renderer:
         messages, tools = self._masked(taken)
         drafts = []
         for index in self._assistant_targets(taken, supervise):
+            self._refuse_stop(messages[index])
             turn = read_turn(self._template, self._stops, messages[: index + 1], tools, index, None)
             check_context(self._template, messages, tools, turn)
             drafts.append(draft_alone(self._text, self._with_template_edits(turn, messages)))
             self.prove(drafts[-1].example(), conversation, drafts[-1].turns)
         return drafts
+
+    def _refuse_stop(self, message: Mapping[str, Any]) -> None:
+        """As served, a message may spell what ends it. Masked text spells nothing."""
+        if self._text.as_served and self._stops.end_after(json.dumps(message, ensure_ascii=False), 0) is not None:
+            raise SetAside(SPELLS_STOP)
 
     def _with_template_edits(self, turn: Turn, messages: Sequence[Mapping[str, Any]]) -> Turn:
         if messages[turn.index]["role"] != "assistant":

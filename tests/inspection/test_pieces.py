@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from chatlora.inspection.pieces import Piece, decoded, marked, pieces, spans
 from chatlora.reading.formats import parse_row
 from chatlora.rendering.examples import IGNORE_INDEX, Example
-from chatlora.rendering.renderer import render
+from chatlora.rendering.single import render
 from tests.tiny_tokenizers import tiny_tokenizer
 
 TURNS = [("user", "门票多少钱？ é"), ("assistant", "  60元 [bold]x[/]"), ("user", "🙂"), ("assistant", "")]

@@ -85,6 +85,8 @@ def test_calls_are_read_out_of_a_reply(said: str, text: str, calls: tuple[ToolCa
     [
         ('<tool_call>\n{"name": "look", "arguments": {"at": }}\n</tool_call>', NO_CALL),
         ('<tool_call>{"name": "look"}</tool_call>', NO_CALL),
+        ('<tool_call>{"name": "look", "arguments": {"a": 1, "a": 2}}</tool_call>', NO_CALL),
+        ('<tool_call>{"name": "look", "arguments": {"a": NaN}}</tool_call>', NO_CALL),
         ('<tool_call>{"name": "look", "arguments": {}, "why": "x"}</tool_call>', NO_CALL),
         ('<tool_call>{"name": "look", "arguments": [{]}</tool_call>', NO_CALL),
         ("<tool_call>{'name': 'look', 'arguments': {1, 2}}</tool_call>", NO_CALL),
