@@ -9,6 +9,7 @@ from typing import Any
 
 from chatlora.rendering.message_parts import REASONING, TEXT
 
+TAGS = "what stands around a thought in the text is changed"
 LONGEST = 60  # characters of the template's own that are shown
 
 
@@ -24,6 +25,8 @@ def template_edits(reply: str, message: Mapping[str, Any], spellings: Iterable[s
         for kind, value in ((REASONING, thought), (TEXT, content))
         if value.strip() and value not in reply and value.strip() in reply
     ]
+    if content.strip() not in reply:  # of it all is there but this: a thought's place is found by its tags
+        found.append(TAGS)
     if "tool_calls" in message or not content.strip():
         return tuple(found)
     said = _without_stop(reply, spellings)

@@ -15,6 +15,7 @@ from chatlora.reading.formats import parse_row
 from chatlora.rendering import taken
 from chatlora.rendering.completion import completed
 from chatlora.rendering.renderer import Rendered, Renderer
+from chatlora.rendering.template_edits import TAGS
 from chatlora.rendering.thoughts import KEPT, LEFT_OUT, PUT
 from tests.exactness import rendered_ids, spans
 from tests.rendering.test_chat_templates import CONVERSATIONS, LONG, TEMPLATES, renderer_of, tokenizer_of
@@ -95,6 +96,18 @@ def test_each_setting_is_obeyed() -> None:
     assert text.examples == field.examples  # the template reads it out of the text, as it does for a server
     assert text.altered == {KEPT: 1}
     assert field.altered == {}
+
+
+@pytest.mark.parametrize("name", ["glm4moe", "qwen3", "qwen3_6"])
+def test_a_template_that_takes_thoughts_out_of_the_text_does_so(name: str) -> None:
+    """As for a server; where it writes other space around them, that is counted."""
+    text, field = under(name, "text"), under(name, "field")
+    for number, head in enumerate(HEADS[:2]):
+        row = talk(head + "Four.", head + "Still four.")
+        told, given = (renderer.render(row, max_length=LONG) for renderer in (text, field))
+        assert told.examples == given.examples
+        assert told.altered[KEPT] == 2
+        assert told.altered[TAGS] >= number
 
 
 def test_what_a_setting_changes_changes_what_is_kept_in_the_cache() -> None:
