@@ -12,9 +12,9 @@ import ast
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from chatlora.reading.conversation import Conversation, Message, ToolCall
 from chatlora.reading.messages import read_tool_call, read_tools
@@ -31,11 +31,8 @@ NO_TOOLS = f"{HERMES}: <tools> holds no JSON with tools"
 
 TAGS = tuple(f"<{end}{tag}>" for tag in ("tool_call", "tool_response", "tools") for end in ("", "/"))
 
-_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 _MEANT = re.compile(r"<tool_call>\s*(?:[\[{]|<function=)")  # as a call, and not as a word about calls
-_RESULT = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>", re.DOTALL)
 _SPACE = re.compile(r"\s*")
-_TOOLS = re.compile(r"<tools>\s*([\[{].*?)\s*</tools>", re.DOTALL)
 
 _OF_CALL = {"name", "arguments"}
 
@@ -52,13 +49,13 @@ KNOWN_WORDS = (  # around the tools, sentence by sentence; a space stands for an
     r"<tool_response> ?</tool_response> XML tags\.",
     r"Here are the available tools:",
     r"These functions can be called:",
-    r"Use the following pydantic model json schema for each tool call you will make: \{[^<]*\}",
+    r"Use the following pydantic model json schema for each tool call you will make: \{[^<]{0,999}\}",
     r"For each function call,? return a (?:json|JSON) object,? with function name and arguments within "
     rf"{_A_CALL} XML tags(?: as follows)?:",
-    r"For each function call return a JSON object, with the following pydantic model json schema: \{[^<]*\}",
+    r"For each function call return a JSON object, with the following pydantic model json schema: \{[^<]{0,999}\}",
     rf"Each function call should be enclosed within {_A_CALL} XML tags\.",
     r"A call is JSON between tags, and a reply may hold several:",
-    r"<tool_call> \{(?:[^<]|<(?:function-name|args-dict|args-json-object)>)*\} </tool_call>",
+    r"<tool_call> \{(?:[^<]|<(?:function-name|args-dict|args-json-object)>){0,200}\} </tool_call>",
 )
 _SENTENCE = "|".join(words.replace(" ", r"\s*") for words in KNOWN_WORDS)
 _FIRST_SENTENCE, _SENTENCES = re.compile(_SENTENCE), re.compile(rf"(?:(?:{_SENTENCE})\s*)+")
@@ -73,6 +70,12 @@ class Hermes:
     changes: Mapping[str, int] = field(default_factory=dict)
     problem: str = ""
     own_words: bool = False
+
+
+class _Block(NamedTuple):
+    start: int
+    end: int
+    body: str
 
 
 class _Inexact(Exception):
@@ -103,7 +106,7 @@ def _read_message(messages: tuple[Message, ...], index: int, changes: Counter[st
     if message.role == "assistant" and not message.tool_calls and _MEANT.search(message.content):
         changes[CALLS_READ] += 1
         yield _with_calls(message)
-    elif _RESULT.search(message.content) and _answers(messages, index):
+    elif "<tool_response>" in message.content and _answers(messages, index):
         yield from _results(message, changes)
     else:
         yield message
@@ -120,10 +123,11 @@ def _with_calls(message: Message) -> Message:
     """Raises _Inexact where not all that follows the first call is calls."""
     text = message.content[: next(_MEANT.finditer(message.content)).start()]
     told = message.content[len(text) :]
-    rest = _CALL.sub("", told)
+    blocks = list(_blocks(told, "tool_call"))
+    rest = _outside(told, blocks)
     if "<tool_call>" in rest:
         raise _Inexact(NOT_CLOSED)
-    calls = tuple(call for body in _CALL.findall(told) for call in _calls(body))
+    calls = tuple(call for block in blocks for call in _calls(block.body.strip()))
     if rest.strip():
         raise _Inexact(TEXT_AFTER)
     return replace(message, content=text.rstrip(), tool_calls=calls)
@@ -142,14 +146,15 @@ def _calls(body: str) -> Iterator[ToolCall]:
 
 def _results(message: Message, changes: Counter[str]) -> Iterator[Message]:
     """Raises _Inexact where anything but results stands in the text of a user; a tool may say what it likes."""
-    if _RESULT.sub("", message.content).strip():
+    blocks = list(_blocks(message.content, "tool_response"))
+    if _outside(message.content, blocks).strip():
         if message.role == "user":
             raise _Inexact(TEXT_BESIDE)
         yield message
         return
     changes[RESULTS_READ] += 1
     loss = message.loss if message.role == "tool" else None
-    for body in _RESULT.findall(message.content):
+    for body in (block.body.removeprefix("\n").removesuffix("\n") for block in blocks):
         yield replace(message, role="tool", content=body, name=message.name or _name_in(body), loss=loss)
 
 
@@ -168,19 +173,35 @@ def _read_offer(
     """The tools, the messages without them, and whether they are told in other words than the known ones."""
     messages = conversation.messages
     system = messages[0] if messages and messages[0].role == "system" else None
-    found = _TOOLS.search(system.content) if system is not None else None
+    blocks = _blocks(system.content, "tools") if system is not None else ()
+    found = next((block for block in blocks if block.body.lstrip().startswith(("[", "{"))), None)
     if system is None or found is None or conversation.tools:
         return conversation.tools, messages, False
-    around = _around(system.content[: found.start()], system.content[found.end() :])
+    around = _around(system.content[: found.start], system.content[found.end :])
     if around is None:
         return (), messages, True
     problems: list[str] = []
-    values = _values(found[1], NO_TOOLS)
+    values = _values(found.body.strip(), NO_TOOLS)
     tools = read_tools(values[0] if len(values) == 1 else values, "tools", problems)
     if problems:
         raise _Inexact(NO_TOOLS)
     changes[TOOLS_READ] += 1
     return tools, ((replace(system, content=around),) if around else ()) + messages[1:], False
+
+
+def _blocks(text: str, tag: str) -> Iterator[_Block]:
+    """Each `<tag>...</tag>`, the innermost, from the left. In linear time, which no pattern is on hostile text."""
+    opening, closing, end = f"<{tag}>", f"</{tag}>", 0
+    while (close := text.find(closing, end)) >= 0:
+        start = text.rfind(opening, end, close)
+        end = close + len(closing)
+        if start >= 0:
+            yield _Block(start, end, text[start + len(opening) : close])
+
+
+def _outside(text: str, blocks: Sequence[_Block]) -> str:
+    starts, ends = [block.start for block in blocks], [block.end for block in blocks]
+    return "".join(text[end:start] for end, start in zip([0, *ends], [*starts, len(text)], strict=True))
 
 
 def _around(before: str, after: str) -> str | None:

@@ -341,7 +341,7 @@ def test_what_settings_change_in_a_row_is_told_by_kind(tmp_path: Path) -> None:
     replies = [{"content": "<think>\na\n</think>\n\nb"}, {"content": "b", "reasoning_content": "a"}, {"content": call}]
     rows = [[{"role": "user", "content": "q"}, {"role": "assistant", **reply}] for reply in replies]
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
-    assert summary_lines(prepare(tmp_path, train=str(path)).ledger)[1:] == [
+    assert summary_lines(prepare(tmp_path, train=str(path)).ledger)[1:4] == [
         "  in 1 turns a thought is kept at the head of the reply's text",
         "  in 1 turns a thought from a field of its own is put at the head of the reply's text",
         "  in 1 turns tool use told in text stays text",

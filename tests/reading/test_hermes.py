@@ -4,6 +4,7 @@ Run: pytest tests/reading/test_hermes.py
 """
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -169,6 +170,17 @@ def test_a_row_s_own_tools_and_calls_are_left_alone() -> None:
     assert read(row).conversation.messages[0] == row.messages[0]
     structured = replace(row, messages=(row.messages[1], replace(row.messages[2], tool_calls=(CALL,))))
     assert read_hermes(structured) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["<tool_call>{", "<tools>[", "<tool_response>", "<tool_call>{</tool_call>", "# Tools "]
+)
+def test_text_of_tags_is_read_in_no_time(text: str) -> None:
+    many = f"{text * 20_000}<tools>[1]</tools>"
+    began = time.process_time()
+    read_hermes(Conversation((Message("system", many), Message("user", "?"), Message("assistant", LOOK + many))))
+    read_hermes(talk(LOOK, many, "user"))
+    assert time.process_time() - began < 2  # many seconds where time grows with the square
 
 
 def test_reading_twice_reads_no_more() -> None:
