@@ -49,7 +49,7 @@ def rendered(config: Any) -> Any:
     return prepare_training_data(
         config.data,
         config.run.seed,
-        lambda any_reasoning: renderer_for(tokenizer, config.model, any_reasoning=any_reasoning),
+        lambda any_reasoning: renderer_for(tokenizer, config.model, config.data, any_reasoning=any_reasoning),
         cache=cache_root(),
         say=lambda line: None,
     ).train

@@ -23,6 +23,8 @@ OverLength = Literal["fit", "cut", "drop", "error"]
 OnBadRow = Literal["error", "set_aside"]
 OnLeak = Literal["warn", "drop", "error"]
 Supervise = Literal["all", "last"]
+Reasoning = Literal["auto", "field", "text", "drop"]
+ControlWords = Literal["text", "token"]
 BestBy = Literal["first", "mean"]
 Style = Literal["chatlora", "chatglm3"]
 Precision = Literal["auto", "bf16", "fp32"]
@@ -77,6 +79,14 @@ class DataConfig(Section):
         description="training rows that share a prompt, or nearly all words, with held-out rows: drop leaves them out",
     )
     supervise: Supervise = Field("all", description="targets: all assistant turns, or the last one")
+    reasoning: Reasoning = Field(
+        "auto",
+        description="thoughts: field gives them to the template, text leaves <think>...</think> in the reply, drop "
+        "leaves them out; auto: field where the template has a place for them, else text",
+    )
+    control_text: ControlWords = Field(
+        "text", description="a message that spells a control token means text, or the token, as servers read it"
+    )
 
     @model_validator(mode="after")
     def _shares_leave_rows(self) -> Self:

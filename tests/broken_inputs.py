@@ -159,7 +159,7 @@ RENDERED = [  # rows that can be read, and cannot be learned from
     Broken("two user turns", messages(USER, USER, REPLY), "{}:1", "roles must alternate", "take model.chat_template embedded:", flags=("--model.chat_template", "strict.jinja"), readable=True),
     Broken("system not taken", messages({"role": "system", "content": "x"}, USER, REPLY), "{}:1", "roles must alternate", "take model.chat_template embedded:", flags=("--model.chat_template", "strict.jinja"), readable=True),
     Broken("calls not rendered", messages(USER, CALL), "{}:1", "drops tool calls", "take model.chat_template embedded:", readable=True),
-    Broken("reasoning not rendered", messages(USER, {**REPLY, "reasoning": "far north"}), "{}:1", "drops reasoning", "take model.chat_template embedded:", readable=True),
+    Broken("reasoning not rendered", messages(USER, {**REPLY, "reasoning": "far north"}), "{}:1", "drops reasoning", "take model.chat_template embedded:", flags=("--data.reasoning", "field"), readable=True),
     Broken("private characters", messages({"role": "user", "content": "\U000f0041"}, REPLY), "{}:1", "private planes", "without such characters", readable=True),
     Broken("10 MB", messages({"role": "user", "content": "word " * 2_000_000}, REPLY), "{}:1", "no reply fits", "raise data.max_length", readable=True),
     Broken("too long", messages({"role": "user", "content": "word " * 300}, REPLY), "{}:1", "256", "over_length", flags=("--data.over_length", "error")),

@@ -62,11 +62,20 @@ def control_ids(renderer: Renderer, ids: list[int]) -> list[int]:
     return [id for id in ids if id in tokens and not tokens[id].content.isspace()]
 
 
+def _told_in_text(fields: dict[str, Any]) -> dict[str, Any]:
+    thought = fields.get("reasoning_content", "")
+    others = {key: value for key, value in fields.items() if key != "reasoning_content"}
+    return others | {"content": f"<think>\n{thought}\n</think>\n\n{fields['content']}"} if thought.strip() else fields
+
+
 def _apply(renderer: Renderer, conversation: Conversation, num_messages: int, prompt: bool, **options: Any) -> Any:
-    if renderer.arguments_as_text:  # the template raises otherwise
+    if renderer.taking.arguments_as_text:  # the template raises otherwise
         conversation = conversation.with_arguments_as_text()
+    messages = conversation.as_template_input()
+    if renderer.taking.thoughts == "text":
+        messages = [_told_in_text(fields) for fields in messages]
     return renderer.tokenizer.apply_chat_template(
-        conversation.as_template_input()[:num_messages],
+        messages[:num_messages],
         tools=list(conversation.tools) or None,
         chat_template=renderer.chat_template,
         add_generation_prompt=prompt,

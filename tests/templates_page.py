@@ -35,6 +35,42 @@ What a template changes in a reply without losing any of it is a target, since t
 last column, and counted by kind in `ledger.json` under `altered`. A template that takes the arguments of calls as JSON
 text only gets them so.
 """
+SETTINGS = """\
+## Thoughts
+
+`data.reasoning` says where a reply's thought goes, whether the row has it in a field of its own (`reasoning_content`)
+or at the head of the reply's text, between `<think>` and `</think>`:
+
+- `auto`, the default: `field` where the template has a place for thoughts, else `text`. Which one is found out by
+  rendering;
+- `field`: the template writes it in its own way, and leaves earlier ones out where it does so. Rows are refused where
+  it shows none;
+- `text`: it stands in the text in front of the answer, in earlier replies as well. One that stood there in the row
+  stays letter by letter, but for what the template trims; one of a field becomes
+  `<think>\\nTHOUGHT\\n</think>\\n\\nANSWER`. Both are counted in `ledger.json`, as `altered`;
+- `drop`: thoughts are left out, and counted there too.
+
+In the text, the two tags around a thought are the tokens `<think>` and `</think>` where the vocabulary has them: that
+is what a model of such a vocabulary writes, what a server takes the thought out by, and what `apply_chat_template`
+makes of the text when it comes back as context. Where they are special tokens, a server that leaves those out of its
+answers (`skip_special_tokens`) must be told to keep them. Tags inside a thought or an answer are text. Of a template
+that has no place for thoughts, the ids are those of `embedded:completed` as well, which tells them in the same words.
+
+## Control words and tool use in text
+
+A message may spell a control token. Under `data.control_text: text`, the default, it means the letters, and the ids
+of such a row are other than those that a server makes of it. Under `token` they are the server's, each time proved
+against `apply_chat_template`, for the prompt and the whole.
+
+Tool use that is told in text, as Hermes and Qwen have it, is read and then rendered as the template has it:
+`<tool_call>{"name": ..., "arguments": {...}}</tool_call>` at the end of a reply, `<tool_response>...</tool_response>`
+in the turn of a tool or of the user who answers a call, and `<tools>[...]</tools>` in a system message between the
+words of Hermes or Qwen, which the template's own replace. JSON may be written as Python writes it. Rows of which this
+would lose or move something (broken JSON, text behind a call or between two, text beside a result, a template without
+tools, or one that writes calls in another form than a system message in words of its own asks for) are refused where
+a tag is a token of the vocabulary; otherwise, and under `control_text: token`, they stay the text that they are. All
+of it is counted.
+"""
 EMBEDDED = """\
 ## Templates of the package
 
@@ -89,4 +125,4 @@ class Table(NamedTuple):
 
 def page(published: Table, embedded: Table) -> str:
     introduction = INTRODUCTION.replace("TRL", trl.__version__)
-    return "\n".join([introduction, published.text(), EMBEDDED, embedded.text()])
+    return "\n".join([introduction, published.text(), SETTINGS, EMBEDDED, embedded.text()])

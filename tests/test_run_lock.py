@@ -34,6 +34,8 @@ OTHER: dict[str, Any] = {
     "data.on_bad_row": "set_aside",
     "data.on_leak": "drop",
     "data.supervise": "last",
+    "data.reasoning": "drop",
+    "data.control_text": "token",
     "optim.epochs": 7.0,
     "optim.max_steps": 77,
     "optim.global_batch_size": 7,

@@ -8,6 +8,7 @@ from typing import Any
 
 from chatlora.data.alike import alike_lines
 from chatlora.errors import DataError
+from chatlora.reading.hermes import HERMES
 from chatlora.reading.noted import UNREAD, Noted, Unread
 from chatlora.reading.own_reader import LEFT_OUT
 from chatlora.rendering.control_text import PRIVATE, READ_AS_CONTROL
@@ -18,7 +19,8 @@ from chatlora.rendering.proof import CANNOT_SPELL, FAILED
 from chatlora.rendering.remarks import Remark
 from chatlora.rendering.row_kwargs import OTHER_STOP, SPELLS_CONTROL, UNKNOWN
 from chatlora.rendering.template import RAISES
-from chatlora.rendering.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTINUED, RAISES_FIRST
+from chatlora.rendering.thoughts import A_THOUGHT
+from chatlora.rendering.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTINUED, RAISES_FIRST, SPELLS_STOP
 
 MOST_SET_ASIDE = 0.5  # of a source's rows; beyond, the model and the data do not fit each other
 MOST_NOT_USED = 12  # names that are told; ledger.json has them all
@@ -28,6 +30,7 @@ REPLIES_LOST = "replies beyond max_length are lost"
 CUT = "cut at max_length"
 LIFTED_BY = "lifted_by"
 TURNS, EXAMPLE = "turns", "example"
+BY_SETTING = (A_THOUGHT, HERMES)  # how kinds of change begin that are not the chat template's
 OTHER_TEMPLATE = "set model.chat_template to a Jinja file that renders such rows, or model.chat_template_kwargs"
 REMEDIES = {  # by how a reason begins
     LEFT_OUT: "look at the function that `reader` names",
@@ -46,9 +49,11 @@ REMEDIES = {  # by how a reason begins
     TOO_MUCH: OTHER_TEMPLATE,
     PRIVATE: "write the rows without such characters (U+F0000 and above)",
     CANNOT_SPELL: "write the rows without such characters, or take a model that knows them",
+    HERMES: "mend the rows, or take what stands there as servers do: data.control_text: token",
     READ_AS_CONTROL: "write the rows without such words",
     FAILED: "the mistake is chatlora's, not the data's: please report one of the rows, the model and the chat template",
     NO_TARGET: "look at the roles, at `loss` in the rows, and at data.supervise",
+    SPELLS_STOP: "mend the rows, or take control words as text: data.control_text: text",
     COMES_FIRST: 'begin with a user message, or take "loss": true from the first one',
 }
 
@@ -59,13 +64,12 @@ class SourceAccount:
     where a whole source is held out, of the rows held out; a row's `repeat` is not counted.
 
     set_aside, cut: `{place, reason}`, `detail` where something more is known of the row, and `lifted_by` where a chat
-    template of the package was found to render it. altered: how many turns
-    the template changed without losing anything, by kind. remarks: by kind, how many turns are worth a word though
-    nothing is wrong with them, and one of them. replies: of all rows but those set aside for something else than their
-    length; too_long: the `max_length` that each of them takes which is lost or cut, None where nobody measured it.
-    not_used: column or key of a message -> in how many rows it holds something that nothing reads. part, left: which
-    part of the source was read, where it has several, and those that were not, with how many files each (0: of the
-    hub).
+    template of the package was found to render it. altered: how many turns were changed, by kind: by the template
+    without losing anything, or as a setting says. remarks: by kind, how many turns are worth a word though nothing is
+    wrong with them, and one of them. replies: of all rows but those set aside for something else than their length;
+    too_long: the `max_length` that each of them takes which is lost or cut, None where nobody measured it. not_used:
+    column or key of a message -> in how many rows it holds something that nothing reads. part, left: which part of the
+    source was read, where it has several, and those that were not, with how many files each (0: of the hub).
     """
 
     path: str
@@ -185,7 +189,7 @@ def summary_lines(ledger: Mapping[str, Any]) -> list[str]:
         lines += [_told_not_used(source)] if source["not_used"] else []
         lines += [f"  set aside {reason}" for reason in counted(source["set_aside"])]
         lines += [f"  not whole: {reason}" for reason in counted(source["cut"])]
-        lines += [f"  in {turns:,} turns {kind} by the chat template" for kind, turns in source["altered"].items()]
+        lines += [f"  in {turns:,} turns {_told_altered(kind)}" for kind, turns in source["altered"].items()]
         lines += [
             f"  in {told[TURNS]:,} turns {kind} (e.g. {told[EXAMPLE]})" for kind, told in source["remarks"].items()
         ]
@@ -204,6 +208,10 @@ def _told_not_used(source: Mapping[str, Any]) -> str:
 
 def _told_left(left: Mapping[str, int]) -> str:
     return ", ".join(f"{part} ({files:,} file{'s' * (files > 1)})" if files else part for part, files in left.items())
+
+
+def _told_altered(kind: str) -> str:
+    return kind if kind.startswith(BY_SETTING) else f"{kind} by the chat template"
 
 
 def _told_too_long(ledger: Mapping[str, Any]) -> str:

@@ -30,6 +30,8 @@ SETTINGS = (
     "data.over_length",
     "data.on_bad_row",
     "data.supervise",
+    "data.reasoning",
+    "data.control_text",
     "evaluation.max_new_tokens",
     "evaluation.max_prompt_length",
     "evaluation.max_tokens_per_batch",

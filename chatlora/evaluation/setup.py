@@ -151,7 +151,7 @@ def _renderer(request: Request, tokenizer: PreTrainedTokenizerBase) -> Renderer:
     # A run's config says what its template was told, whatever the test rows carry.
     inputs, cache = inputs_of(request.sources, request.split), cache_root() / "data"
     any_reasoning = request.of_run or scan(inputs, cache, request.config.data.on_bad_row).any_reasoning
-    return renderer_for(tokenizer, request.config.model, any_reasoning=any_reasoning)
+    return renderer_for(tokenizer, request.config.model, request.config.data, any_reasoning=any_reasoning)
 
 
 def _samples(request: Request, renderer: Renderer) -> tuple[list[EvalSample], dict[str, Any]]:

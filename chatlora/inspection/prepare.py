@@ -71,7 +71,7 @@ def inspected(config: Config, say: Say) -> Inspected:
     renderers: list[Renderer] = []
 
     def make_renderer(any_reasoning: bool) -> Renderer:
-        renderers.append(renderer_for(tokenizer, config.model, any_reasoning=any_reasoning))
+        renderers.append(renderer_for(tokenizer, config.model, config.data, any_reasoning=any_reasoning))
         return renderers[0]
 
     data = prepare_training_data(

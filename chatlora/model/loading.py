@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from chatlora.config import ModelConfig
+from chatlora.config import DataConfig, ModelConfig
 from chatlora.errors import ModelError
 from chatlora.hub import why_unreachable
 from chatlora.model.adapter_folder import names_from_checkpoint, why_not_fitting
@@ -60,16 +60,22 @@ def load_base_model(model: ModelConfig, *, dtype: torch.dtype) -> PreTrainedMode
     return base
 
 
-def renderer_for(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, *, any_reasoning: bool) -> Renderer:
+def renderer_for(
+    tokenizer: PreTrainedTokenizerBase, model: ModelConfig, data: DataConfig, *, any_reasoning: bool
+) -> Renderer:
     """The renderer that training, evaluation and chat share: one template, one date, one set of stop tokens."""
     template = chat_template_of(tokenizer, _given_template(model.chat_template, tokenizer))
-    kwargs = resolve_template_kwargs(template, model.chat_template_kwargs, any_reasoning=any_reasoning)
+    kwargs = resolve_template_kwargs(
+        template, model.chat_template_kwargs, any_reasoning=any_reasoning and data.reasoning != "drop"
+    )
     return Renderer(
         tokenizer,
         chat_template=template,
         chat_template_kwargs=kwargs,
         chat_template_date=model.chat_template_date,
         generation_stop_ids=generation_stop_ids(model),
+        reasoning=data.reasoning,
+        control_text=data.control_text,
     )
 
 

@@ -6,14 +6,14 @@ Content is kept byte for byte as it stood in the file. Roles are the field's: sy
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
-_LEADING_THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
+_LEADING_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\n*", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,10 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message. `loss` overrides whether it is a target; None leaves that to `data.supervise`."""
+    """One message. `loss` overrides whether it is a target; None leaves that to `data.supervise`.
+
+    thought_text: where the thought stood in the reply's text, all that stood in front of `content`, letter by letter.
+    """
 
     role: Role
     content: str
@@ -36,6 +39,7 @@ class Message:
     tool_call_id: str | None = None
     name: str | None = None
     loss: bool | None = None
+    thought_text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,27 +60,39 @@ class Conversation:
         """The messages as `apply_chat_template` takes them. Absent fields are left out: some templates print `None`."""
         return [_as_template_message(message) for message in self.messages]
 
+    def with_messages(self, messages: Iterable[Message]) -> Self:
+        """The same with other messages."""
+        return replace(self, messages=tuple(messages))
+
     def with_arguments_as_text(self) -> Self:
         """The same, the arguments of calls as JSON text."""
-        return replace(self, messages=tuple(_with_arguments_as_text(message) for message in self.messages))
+        return self.with_messages(map(_with_arguments_as_text, self.messages))
 
 
-def split_reasoning(content: str) -> tuple[str | None, str]:
+class Said(NamedTuple):
+    """A reply's text: the thought at its head, the text after it, and the head as it stood there (`thought_text`)."""
+
+    reasoning: str | None
+    content: str
+    thought_text: str | None = None
+
+
+def split_reasoning(text: str) -> Said:
     """A leading `<think>...</think>` and the text after it, without the line breaks around them.
 
-    An empty thought is None; a thought that never closes, or does not come first, stays text: `(None, content)`.
+    An empty thought is None; a thought that never closes, or does not come first, stays text: `(None, text)`.
     """
-    thought = _LEADING_THOUGHT.match(content)
+    thought = _LEADING_THOUGHT.match(text)
     if thought is None:
-        return None, content
+        return Said(None, text)
     reasoning = thought[1].strip("\n")
-    return reasoning if reasoning.strip() else None, content[thought.end() :].lstrip("\n")
+    return Said(reasoning if reasoning.strip() else None, text[thought.end() :], thought[0])
 
 
 def reply(text: str) -> Message:
     """The assistant's, a thought at its head set apart."""
-    reasoning, content = split_reasoning(text)
-    return Message("assistant", content, reasoning)
+    said = split_reasoning(text)
+    return Message("assistant", said.content, said.reasoning, thought_text=said.thought_text)
 
 
 def _with_arguments_as_text(message: Message) -> Message:

@@ -142,7 +142,8 @@ def _reply(fields: Fields, name: str, problems: list[str]) -> list[Message]:
     text = read_text(fields.take("reasoning"), fields.path("reasoning"), problems)
     if messages[-1].reasoning is not None and messages[-1].reasoning != text:
         problems.append(f"{fields.path('reasoning')} and {path} tell different thoughts; keep one of them")
-    return [*messages[:-1], replace(messages[-1], reasoning=text)]
+    told = messages[-1].thought_text if messages[-1].reasoning is not None else None
+    return [*messages[:-1], replace(messages[-1], reasoning=text, thought_text=told)]
 
 
 def _history(fields: Fields, problems: list[str]) -> list[Message]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from chatlora.reading.calls import read_arguments, read_calls, read_result, read_tool_calls
 from chatlora.reading.content import Content, has_more_than_text, read_content
-from chatlora.reading.conversation import Message, Role, ToolCall, split_reasoning
+from chatlora.reading.conversation import Message, Role, Said, ToolCall, split_reasoning
 from chatlora.reading.flags import FLAGS, read_loss, report_unknown_flags
 from chatlora.reading.roles import CALL_ROLES, ROLE_NAMES, folded, read_role
 from chatlora.reading.values import EMPTY, described, instead_of, listed, read_optional_text, read_text
@@ -59,15 +59,18 @@ def read_message(
         text = "".join(parts.text)
     else:
         text = _read_text(fields, content_key, role, path, problems)
-    reasoning, tool_calls = None, tuple(parts.calls)
+    said, tool_calls = Said(None, text or ""), tuple(parts.calls)
     if role == "assistant" and text is not None:
-        reasoning, text = _read_reasoning(fields, parts.thoughts, text, path, problems)
+        said = _read_reasoning(fields, parts.thoughts, text, path, problems)
         tool_calls += read_tool_calls(fields, path, problems)
     tool_call_id = read_optional_text(fields, "tool_call_id", path, problems)
     name = read_optional_text(fields, "name", path, problems)
     if role is None or text is None or (parts.results and not parts.text):
         return parts.results
-    return [*parts.results, Message(role, text, reasoning, tool_calls, tool_call_id or None, name, loss)]
+    message = Message(
+        role, said.content, said.reasoning, tool_calls, tool_call_id or None, name, loss, said.thought_text
+    )
+    return [*parts.results, message]
 
 
 def _told_other_keys(fields: Mapping[str, Any], path: str) -> str:
@@ -84,11 +87,14 @@ def _read_call(
     fields: Mapping[str, Any], path: str, content_key: str, flags: Mapping[str, bool], problems: list[str]
 ) -> list[Message]:
     loss = read_loss(fields, path, problems, flags)
-    value, reasoning = fields.get(content_key), None
+    value, said = fields.get(content_key), Said(None, "")
     if isinstance(value, str):
-        reasoning, value = split_reasoning(value)
+        said = split_reasoning(value)
+        value = said.content
     calls = read_calls(value, f"{path}.{content_key}", problems)
-    return [Message("assistant", "", reasoning, calls, loss=loss)] if calls else []
+    if not calls:
+        return []
+    return [Message("assistant", "", said.reasoning, calls, loss=loss, thought_text=said.thought_text)]
 
 
 def _read_text(fields: Mapping[str, Any], key: str, role: Role | None, path: str, problems: list[str]) -> str | None:
@@ -103,9 +109,7 @@ def _read_text(fields: Mapping[str, Any], key: str, role: Role | None, path: str
     return read(value, f"{path}.{key}", problems, instead_of(key, fields))
 
 
-def _read_reasoning(
-    fields: Mapping[str, Any], parts: list[str], text: str, path: str, problems: list[str]
-) -> tuple[str | None, str]:
+def _read_reasoning(fields: Mapping[str, Any], parts: list[str], text: str, path: str, problems: list[str]) -> Said:
     """The thought of a message and its text: stated under a key or as parts, else at the beginning of the text."""
     stated = {key: fields[key] for key in REASONING_KEYS if fields.get(key)} | (
         {"parts": "".join(parts)} if parts else {}
@@ -115,7 +119,7 @@ def _read_reasoning(
     if len({str(thought) for thought in stated.values()}) > 1:
         problems.append(f"{path} has different texts in {' and '.join(stated)}; keep one")
     key, thought = next(iter(stated.items()))
-    return read_text(thought, f"{path}.{key}", problems), text
+    return Said(read_text(thought, f"{path}.{key}", problems), text)
 
 
 def _read_call_with_result(

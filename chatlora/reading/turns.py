@@ -117,7 +117,7 @@ def _append(found: Turns, read: Sequence[Message], turn: Any, role_key: str) -> 
 
 def _joins(call: Message) -> tuple[str, bool | None, str | None]:
     """What the message in front of it is like; a thought of its own would come to stand in front of that one's text."""
-    return "assistant", call.loss, call.reasoning
+    return "assistant", call.loss, call.reasoning or call.thought_text
 
 
 def _note(found: Turns, turn: Any, path: str, problems: list[str]) -> None:

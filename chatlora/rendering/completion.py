@@ -89,6 +89,7 @@ class _Own:
             any_reasoning: Renderer(
                 tokenizer,
                 chat_template_kwargs=resolve_template_kwargs(self.template, {}, any_reasoning=any_reasoning),
+                reasoning="field",  # what the template shows, not what can be told in a reply's text
                 text=text,
             )
             for any_reasoning in (False, True)

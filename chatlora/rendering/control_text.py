@@ -5,19 +5,23 @@ spelling is moved, character by character, to a private plane of Unicode (`mask`
 to it. After rendering, what still spells an added token is the template's. `ControlText.encode` then respells those
 with private characters that only a copy of the tokenizer knows as its added tokens, moves the messages' text back,
 and encodes all of it at once with that copy, to which `<|im_end|>` is a word like any other.
+
+Under `data.control_text: token` nothing is masked, and everything is encoded as servers do.
 """
 
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from chatlora.config import ControlWords
 from chatlora.errors import ModelError, SetAside
+from chatlora.rendering.tokenizer_copies import plain_copy, renamed
 
 PRIVATE = "the text uses Unicode's private planes, which masking needs"
 SURROGATE = "the text holds half of a surrogate pair, which no tokenizer takes"
@@ -53,37 +57,32 @@ def unmask(text: str) -> str:
 class ControlText:
     """A tokenizer seen as text plus control tokens. Built once; picklable."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, control_text: ControlWords = "text") -> None:
         if not tokenizer.is_fast:
             raise ModelError(
                 f"{tokenizer.name_or_path or 'the tokenizer'}: has no tokenizer.json; where each token stands in the "
                 "text can only be told by a fast tokenizer; convert it with transformers, or use the model's fast one"
             )
         serialized = tokenizer.backend_tokenizer.to_str()
-        self.digest = hashlib.sha256(serialized.encode()).hexdigest()
+        self.digest = hashlib.sha256((control_text + serialized).encode()).hexdigest()
         self.spellings: dict[int, str] = {
             id: token.content for id, token in tokenizer.added_tokens_decoder.items() if not token.content.isspace()
         }
+        self.as_served = control_text == "token"
         self.unknown_id: int | None = tokenizer.unk_token_id  # also what text becomes that no token spells
         self._serialized = serialized
         whole = {token.content for token in tokenizer.added_tokens_decoder.values() if token.single_word}
         self._words = _Words(tuple(self.spellings.values()), whole)
-        self._plain = _plain_copy(json.loads(serialized))
+        self._plain = plain_copy(json.loads(serialized))
         self._tails: dict[str, list[int]] = {}
 
     def mask(self, value: Any) -> Any:
         """`value`, a string or a JSON value made of them, with all that could be read as a control token masked.
 
         Also the ends of a string that are part of an added token, since a template may join it to the rest. Raises
-        SetAside where the text holds private characters already, or what no tokenizer takes.
+        SetAside where the text holds private characters already, or what no tokenizer takes. As served: as it is.
         """
-        if isinstance(value, str):
-            return self._words.mask(value)
-        if isinstance(value, dict):
-            return {self.mask(key): self.mask(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self.mask(item) for item in value]
-        return value
+        return _in_strings(value, _usable if self.as_served else self._words.mask)
 
     def control_in(self, text: str) -> str | None:
         """The first whole added token that the text, unmasked, spells."""
@@ -133,7 +132,7 @@ class ControlText:
             if id not in spellings:
                 continue
             start, end = offsets[index]
-            if (masked or text)[start:end].strip() == spellings[id].strip():
+            if self.as_served or (masked or text)[start:end].strip() == spellings[id].strip():
                 controls.append(index)
             elif id != self.unknown_id:
                 raise SetAside(READ_AS_CONTROL, f"{text[start:end]!r} as {spellings[id]!r}")
@@ -152,7 +151,7 @@ class ControlText:
     def _respelling(self) -> Tokenizer:
         """The copy that knows its added tokens by private spellings only. Built when text first needs it."""
         names = {spelling: "".join(_respelled(self._numbers[id], spelling)) for id, spelling in self.spellings.items()}
-        return _plain_copy(_renamed(json.loads(self._serialized), names))
+        return plain_copy(renamed(json.loads(self._serialized), names))
 
     @functools.cached_property
     def _original_ids(self) -> dict[int, int]:
@@ -204,11 +203,7 @@ class _Words:
         )
 
     def mask(self, text: str) -> str:
-        if not text.isascii():
-            for unusable, reason in ((_PRIVATE_PLANES, PRIVATE), (_SURROGATES, SURROGATE)):
-                if unusable.search(text):
-                    raise SetAside(reason)
-        spans = list(self._spans(text))
+        spans = list(self._spans(_usable(text)))
         if not spans:
             return text
         characters = list(text)
@@ -251,6 +246,24 @@ def _is_word(character: str) -> bool:
     return character.isalpha() or character.isdecimal() or character == "_"
 
 
+def _usable(text: str) -> str:
+    """The text. Raises SetAside where it holds what no text may."""
+    if not text.isascii():
+        for unusable, reason in ((_PRIVATE_PLANES, PRIVATE), (_SURROGATES, SURROGATE)):
+            if unusable.search(text):
+                raise SetAside(reason)
+    return text
+
+
+def _in_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with each of its strings changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): _in_strings(item, change) for key, item in value.items()}
+    return [_in_strings(item, change) for item in value] if isinstance(value, list | tuple) else value
+
+
 def any_of(words: Iterable[str]) -> re.Pattern[str]:
     """Matches the longest of the words; of none, nothing."""
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
@@ -265,34 +278,3 @@ def _masked(character: str) -> str:
 
 def _respelled(number: int, spelling: str) -> list[str]:
     return [chr(_CONTROL + number)] * len(spelling)
-
-
-def _plain_copy(state: dict[str, Any]) -> Tokenizer:
-    """A tokenizer of this state that adds nothing, cuts nothing and tells offsets with the whitespace they hold."""
-    return Tokenizer.from_str(json.dumps({**state, "post_processor": None, "truncation": None, "padding": None}))
-
-
-def _renamed(state: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """The tokenizer's state with its added tokens under other names, in the model's vocabulary too.
-
-    There they may be reached by merges, or whole (Unigram, WordLevel, `ignore_merges`).
-    """
-    for token in state["added_tokens"]:
-        if token["content"] in names:
-            # Not normalized, or the private spelling might change before it is looked for.
-            token.update(content=names[token["content"]], normalized=False, single_word=False)
-    model = state["model"]
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {names.get(word, word): id for word, id in model["vocab"].items()}
-    else:
-        model["vocab"] = [[names.get(word, word), score] for word, score in model["vocab"]]
-    if model.get("unk_token") in names:
-        model["unk_token"] = names[model["unk_token"]]
-    if model.get("merges"):
-        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
-        model["merges"] = [
-            [left, right]
-            for left, right in pairs
-            if left not in names and right not in names and left + right not in names
-        ]
-    return state

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from chatlora.errors import SetAside
+from chatlora.reading.conversation import split_reasoning
 from chatlora.rendering.control_text import unmask
 
 DROPS = "the chat template drops "
@@ -21,11 +22,16 @@ Part = tuple[str, str | int | float | bool | None]  # what it is called in a rea
 
 
 def reply_parts(message: Mapping[str, Any]) -> Iterator[Part]:
-    """All that an assistant's message (in template form) says: reasoning, text, names and argument values of calls."""
-    if message.get("reasoning_content", "").strip():
-        yield REASONING, message["reasoning_content"]
-    if message["content"].strip():
-        yield TEXT, message["content"]
+    """All that an assistant's message (in template form) says: reasoning, text, names and argument values of calls.
+
+    A thought at the head of the text is reasoning too: a template may take it out of there.
+    """
+    inside = split_reasoning(message["content"])
+    for thought in (message.get("reasoning_content", ""), inside.reasoning or ""):
+        if thought.strip():
+            yield REASONING, thought
+    if inside.content.strip():
+        yield TEXT, inside.content
     for call in message.get("tool_calls", ()):
         yield CALLS, call["function"]["name"]
         yield from ((CALLS, value) for value in _leaves(call["function"]["arguments"]))

@@ -19,11 +19,14 @@ from chatlora.rendering.turns import Turn
 FAILED = "the proof failed: "
 SPANS = FAILED + "the targets are not one span a turn"
 PROMPT = FAILED + "the ids before a target are not those of its prompt"
+WHOLE = FAILED + "the ids are not those of the whole text"
 REPLY = FAILED + "the targets do not decode to the reply"
 STOP = FAILED + "the targets do not end with a stop token"
 CONTROL = FAILED + "the control tokens are not the template's"
 CANNOT_SPELL = "the tokenizer cannot spell the text"
 BOS = FAILED + "more than one beginning-of-sequence token"
+
+MOST_OF_STOP = 2  # ids that stop a reply and are not in its own rendering: space, and the next role's token or eos
 
 Span = tuple[str, str, tuple[int, ...]]  # a prompt, what must be generated after it, and the messages that this is
 
@@ -36,6 +39,7 @@ class Proof:
         self.template = template
         self.spellings = text.spellings
         self.stop_ids = frozenset(stop_ids)
+        self.as_served = text.as_served
         # transformers renders the date of today, whatever the date asked for.
         self.dated = "strftime_now" in template.text
         self._canonical_tails = functools.lru_cache(maxsize=1024)(self._canonical)
@@ -54,7 +58,8 @@ class Proof:
 
         Proved: each span of targets is one turn's; the ids in front of it are its prompt's; it decodes to what the
         template renders, ends with a stop token, and holds the message's text, reasoning and calls; control tokens
-        stand where the template put them and nowhere else; there is at most one BOS.
+        stand where the template put them and nowhere else; there is at most one BOS. Where messages may spell control
+        tokens, prompt and whole are transformers' ids.
         """
         spans = _spans(ids, labels)
         joined = _joined(turns)
@@ -72,10 +77,14 @@ class Proof:
         if bos is not None and list(ids[:2]) == [bos, bos]:
             raise SetAside(BOS)
         start, end = spans[-1]
-        if is_masked(turns[-1].prompt) or is_masked(turns[-1].reply):
+        if not self.as_served and (is_masked(turns[-1].prompt) or is_masked(turns[-1].reply)):
             self._prove_controls(ids[:end], turns[-1])
-        elif list(ids[:start]) != self._inference_ids(messages, conversation.tools, joined[-1]):
+            return
+        if list(ids[:start]) != self._inference_ids(messages, conversation.tools, joined[-1], prompt=True):
             raise SetAside(PROMPT)
+        if self.as_served:
+            whole = self._inference_ids(messages, conversation.tools, joined[-1], prompt=False)
+            self._prove_whole(ids[:end], start, whole)
 
     def _prove_prompt(self, ids: Sequence[int], done: int, start: int, prompt: str, seen: int) -> None:
         """ids[done:start] spell the rest of the prompt, and its last span is cut into tokens as alone."""
@@ -111,17 +120,30 @@ class Proof:
         if [id for id in encoded.ids if id in controls] != [id for id in ids if id in controls]:
             raise SetAside(CONTROL)
 
-    def _inference_ids(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]], span: Span) -> list[int]:
-        """What transformers gives for the messages in front of the span."""
-        prompt, _, (index, *_) = span
+    def _prove_whole(self, ids: Sequence[int], start: int, whole: Sequence[int]) -> None:
+        """The ids are those of the whole text, up to what stops them, which may be none of the template's.
+
+        But where a token straddles the end of the prompt: at inference it is the prompt's ids that count.
+        """
+        shared = min(len(ids), len(whole))
+        if list(ids[:start]) == list(whole[:start]) and (
+            list(ids[:shared]) != list(whole[:shared]) or len(ids) - shared > MOST_OF_STOP
+        ):
+            raise SetAside(WHOLE)
+
+    def _inference_ids(
+        self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]], span: Span, *, prompt: bool
+    ) -> list[int]:
+        """What transformers gives for the messages in front of the span (`prompt`), or to its end."""
+        before, reply, indices = span
         # transformers takes no empty conversation, and has no generation prompt for what a tool says.
-        if self.dated or index == 0 or messages[index]["role"] != "assistant":
-            return list(self._canonical(prompt))
+        if self.dated or indices[0] == 0 or messages[indices[0]]["role"] != "assistant":
+            return list(self._canonical(before if prompt else before + reply))
         ids: list[int] = self.tokenizer.apply_chat_template(
-            messages[:index],
+            messages[: indices[0] if prompt else indices[-1] + 1],
             tools=list(tools) or None,
             chat_template=self.template.text,
-            add_generation_prompt=True,
+            add_generation_prompt=prompt,
             return_dict=False,
             tokenizer_kwargs={"verbose": False},  # it warns of lengths, which are ours to look at
             **self.template.kwargs,

@@ -1,6 +1,7 @@
 """Conversation + tokenizer -> the token ids that train or test a model, each row proved.
 
     text      control_text.py   text that spells a control token is masked; ids and where each begins
+    taken     taken.py          what a row says, as the template takes it: thoughts (thoughts.py), arguments
     template  template.py       the chat template: messages -> text
     turns     turns.py          the span of text that each reply is
     parts     message_parts.py  is all of the message in it?
@@ -17,13 +18,14 @@ Most templates give one example a conversation. A template that renders a reply 
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import date
 from time import perf_counter
 from typing import Any, Self
 
-from chatlora.config import OverLength, Supervise
+from chatlora.config import ControlWords, OverLength, Reasoning, Supervise
 from chatlora.errors import SetAside
 from chatlora.reading.conversation import Conversation
 from chatlora.rendering.context import Contexts
@@ -45,10 +47,12 @@ from chatlora.rendering.limits import PROBE, bounded, bounds_for
 from chatlora.rendering.proof import Proof
 from chatlora.rendering.remarks import remarks_on
 from chatlora.rendering.row_kwargs import RowKwargs, Under
-from chatlora.rendering.template import ChatTemplate, chat_template_of, template_messages
+from chatlora.rendering.taken import Taking, masked_messages
+from chatlora.rendering.template import ChatTemplate, chat_template_of
 from chatlora.rendering.template_edits import with_template_edits
 from chatlora.rendering.turns import (
     NO_TARGET,
+    SPELLS_STOP,
     StopTokens,
     Turn,
     check_context,
@@ -74,14 +78,15 @@ class Renderer:
     `chat_template` overrides the tokenizer's own; `chat_template_kwargs` are used as given (see
     `template.resolve_template_kwargs` for the default of `enable_thinking`); templates see the date
     `chat_template_date` (today unless given); `generation_stop_ids` are the eos ids of the model's generation config;
-    `text` is the tokenizer's ControlText, where there is one already.
+    `reasoning` and `control_text` are the settings of `data`; `text` is the tokenizer's ControlText, where there is
+    one already.
     Raises ModelError where there is no template, or no fast tokenizer.
     """
 
     stop_ids: tuple[int, ...]
     """Every id that ends a reply: the tokenizer's eos, `generation_stop_ids`, and what the template shows."""
-    arguments_as_text: bool
-    """Whether the template takes the arguments of calls as JSON text only."""
+    taking: Taking
+    """What the template takes of a conversation, and how."""
     proof_seconds: float
     """Seconds spent in proofs so far."""
 
@@ -93,6 +98,8 @@ class Renderer:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         chat_template_date: date | None = None,
         generation_stop_ids: Sequence[int] = (),
+        reasoning: Reasoning = "auto",
+        control_text: ControlWords = "text",
         text: ControlText | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -104,17 +111,18 @@ class Renderer:
             chat_template_date or date.today(),
             dict(tokenizer.special_tokens_map),
         )
-        self._text = text or ControlText(tokenizer)
+        self._text = text or ControlText(tokenizer, control_text)
         self._generation_stop_ids = tuple(generation_stop_ids)
+        self._reasoning, self._control_text = reasoning, control_text
         with bounded(PROBE):
-            self.arguments_as_text = self._template.takes_arguments_as_text()
+            self.taking = Taking(self._template, reasoning, control_text, self._text.spellings.values())
             self._stops = StopTokens(self._template, self._text.spellings, tokenizer.eos_token_id, generation_stop_ids)
         self.stop_ids = self._stops.ids
         self._proof = Proof(tokenizer, self._template, self._text, self.stop_ids)
         self._row_kwargs = RowKwargs(tokenizer, self._text, generation_stop_ids)
         self._contexts = Contexts()
         self.proof_seconds = 0.0
-        described = [self._text.digest, self._template.digest(), str(self.stop_ids)]
+        described = [self._text.digest, self._template.digest(), str(self.stop_ids), self.taking.thoughts]
         self.fingerprint = hashlib.sha256("\n".join(described).encode()).hexdigest()
 
     def render(
@@ -133,8 +141,9 @@ class Renderer:
         """
         refuse_hopeless(conversation, targets(conversation, supervise), max_length, over_length)
         with bounded(bounds_for(conversation), conversation.place), greeting_named(conversation):
-            full, turns = self._turns(conversation, supervise)
-            drafts = drafts_of(self._text, full, turns, len(conversation.messages))
+            taken = self.taking.taken(conversation)
+            full, turns = self._turns(taken.conversation, supervise)
+            drafts = drafts_of(self._text, full, turns, len(taken.conversation.messages))
             for draft in drafts:
                 self.prove(draft.example(), conversation, draft.turns)
         kept, missed = fitted(drafts, max_length, over_length, conversation.place)
@@ -146,8 +155,8 @@ class Renderer:
             lost_turns=len(turns) - num_turns,
             lost_targets=sum(draft.num_targets() for draft in drafts) - sum(draft.num_targets() for draft in kept),
             too_long=missed,
-            altered=Counter(kind for turn in learned for kind in turn.altered),
-            remarks=remarks_on(conversation, self._text, full, learned),
+            altered=Counter(kind for turn in learned for kind in turn.altered) + Counter(taken.changes),
+            remarks=remarks_on(taken.conversation, self._text, full, learned),
         )
 
     def render_for_evaluation(
@@ -165,11 +174,11 @@ class Renderer:
         `max_prompt_length` (None: no limit) is set aside by name, or raises DataError under `error`. References are
         whole, but for `cut`, which cuts them at `max_new_tokens` and counts. Raises SetAside as `render` does.
         """
-        order = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
         with bounded(bounds_for(conversation), conversation.place), greeting_named(conversation):
-            drafts = self._drafts_for_evaluation(conversation, supervise)
-        examples, answered, set_aside, cut = [], [], [], 0
-        altered: Counter[str] = Counter()
+            taken = self.taking.taken(conversation)
+            drafts = self._drafts_for_evaluation(conversation, taken.conversation, supervise)
+        order = [index for index, message in enumerate(taken.conversation.messages) if message.role == "assistant"]
+        examples, answered, set_aside, cut, altered = [], [], [], 0, Counter(taken.changes)
         for draft in drafts:
             [(start, _)], [turn] = draft.spans, draft.turns
             prompt, reference = draft.ids[:start], draft.ids[start:]
@@ -184,24 +193,24 @@ class Renderer:
             examples.append(EvalExample(prompt, reference, number))
             answered.append(turn)
             altered.update(turn.altered)
-        remarks = remarks_on(conversation, self._text, drafts[-1].turns[0].prompt, answered)
+        remarks = remarks_on(taken.conversation, self._text, drafts[-1].turns[0].prompt, answered)
         return RenderedForEvaluation(tuple(examples), tuple(set_aside), cut, altered, remarks)
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
         """The ids of the whole conversation and the generation prompt after it."""
-        messages, tools = self._masked(conversation)
         with bounded(bounds_for(conversation)):
+            messages, tools = self._masked(self.taking.taken(conversation).conversation)
             return self._text.encode(self._at(conversation).template.render(messages, tools, prompt=True)).ids
 
     def turns(self, conversation: Conversation, supervise: Supervise = "all") -> list[Turn]:
         """The supervised turns as text. Raises SetAside as `render` does."""
-        return self._turns(conversation, supervise)[1]
+        return self._turns(self.taking.taken(conversation).conversation, supervise)[1]
 
     def prove(self, example: Example, conversation: Conversation, turns: Sequence[Turn]) -> None:
         """Raises SetAside unless `example` is exactly that of these turns; see `proof.Proof.prove`."""
         began = perf_counter()
         try:
-            taken = self._as_taken(conversation)
+            taken = self.taking.taken(conversation).conversation
             self._at(conversation).proof.prove(example.input_ids, example.labels, taken, turns)
         finally:
             self.proof_seconds += perf_counter() - began
@@ -214,6 +223,8 @@ class Renderer:
             chat_template_kwargs=self.chat_template_kwargs,
             chat_template_date=self._template.date,
             generation_stop_ids=self._generation_stop_ids,
+            reasoning=self._reasoning,
+            control_text=self._control_text,
             text=self._text,
         )
 
@@ -226,15 +237,9 @@ class Renderer:
         return self._row_kwargs.under(self._template, conversation.template_kwargs, self.stop_ids)
 
     def _masked(self, conversation: Conversation) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Of a conversation as the template takes it."""
         mask = self._text.mask
-        messages = [
-            {key: value if key == "role" else mask(value) for key, value in message.items()}
-            for message in template_messages(self._as_taken(conversation).as_template_input())
-        ]
-        return messages, mask(conversation.tools)
-
-    def _as_taken(self, conversation: Conversation) -> Conversation:
-        return conversation.with_arguments_as_text() if self.arguments_as_text else conversation
+        return masked_messages(conversation, mask, self._text.spellings.values()), mask(conversation.tools)
 
     def _turns(self, conversation: Conversation, supervise: Supervise) -> tuple[str, list[Turn]]:
         indices = targets(conversation, supervise)
@@ -244,24 +249,33 @@ class Renderer:
         turns = []
         for index in indices:
             read = read_turn if conversation.messages[index].role == "assistant" else read_tool_message
+            self._refuse_stop(messages[index])
             turn = read(template, stops, messages, tools, index, full)
             turns.append(with_template_edits(turn, template, messages, tools, spellings))
         for turn in (turns[0], turns[-1]) if len(turns) > 1 else turns:
             check_context(template, self._contexts, messages, tools, turn)
         return full, turns
 
-    def _drafts_for_evaluation(self, conversation: Conversation, supervise: Supervise) -> list[Draft]:
+    def _drafts_for_evaluation(
+        self, conversation: Conversation, taken: Conversation, supervise: Supervise
+    ) -> list[Draft]:
         """One for each assistant turn that is a target, rendered as the last message and proved."""
-        messages, tools = self._masked(conversation)
+        messages, tools = self._masked(taken)
         (template, stops, _), spellings = self._at(conversation), self._text.spellings.values()
         drafts = []
-        for index in self._assistant_targets(conversation, supervise):
+        for index in self._assistant_targets(taken, supervise):
+            self._refuse_stop(messages[index])
             turn = read_turn(template, stops, messages[: index + 1], tools, index, None)
             check_context(template, self._contexts, messages, tools, turn)
             turn = with_template_edits(turn, template, messages, tools, spellings)
             drafts.append(draft_alone(self._text, turn))
             self.prove(drafts[-1].example(), conversation, drafts[-1].turns)
         return drafts
+
+    def _refuse_stop(self, message: Mapping[str, Any]) -> None:
+        """As served, a message may spell what ends it. Masked text spells nothing."""
+        if self._text.as_served and self._stops.end_after(json.dumps(message, ensure_ascii=False), 0) is not None:
+            raise SetAside(SPELLS_STOP)
 
     def _assistant_targets(self, conversation: Conversation, supervise: Supervise) -> list[int]:
         """Those that a model answers: what a tool said may be learned, but is asked of no model."""

@@ -17,6 +17,7 @@ from chatlora.rendering.turns import Messages, Turn
 
 ALIKE = "text in the arguments of a call is written as the number, true, false or null that it spells"
 VALUE = re.compile(r"true|false|null|-?(0|[1-9]\d{0,99})(\.\d{1,99})?")
+TAGS = "what stands around a thought in the text is changed"
 LONGEST = 60  # characters of the template's own that are shown
 
 
@@ -43,6 +44,8 @@ def template_edits(reply: str, message: Mapping[str, Any], spellings: Iterable[s
         for kind, value in ((REASONING, thought), (TEXT, content))
         if value.strip() and value not in reply and value.strip() in reply
     ]
+    if content.strip() not in reply:  # of it all is there but this: a thought's place is found by its tags
+        found.append(TAGS)
     if "tool_calls" in message or not content.strip():
         return tuple(found)
     said = _without_stop(reply, spellings)

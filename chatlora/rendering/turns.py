@@ -24,6 +24,7 @@ NOT_CONTINUED = "the chat template's reply does not continue its generation prom
 COMES_FIRST = "an assistant message that is a target comes first: no prompt leads to it"
 RAISES_FIRST = f"{RAISES} where the assistant speaks first"
 NO_STOP = "nothing stops a reply: the chat template renders no stop token and the tokenizer has no eos"
+SPELLS_STOP = "a reply spells a token that would stop it"
 NO_TARGET = "no assistant message is a target"
 
 Messages = Sequence[dict[str, Any]]

@@ -97,7 +97,7 @@ def load_data(
     renderers: list[Renderer] = []
 
     def make_renderer(any_reasoning: bool) -> Renderer:
-        renderers.append(renderer_for(tokenizer, config.model, any_reasoning=any_reasoning))
+        renderers.append(renderer_for(tokenizer, config.model, config.data, any_reasoning=any_reasoning))
         return renderers[0]
 
     data = prepare_training_data(config.data, config.run.seed, make_renderer, cache=cache_root(), say=say)

@@ -257,7 +257,7 @@ def test_what_was_rendered_is_found_again_until_something_it_depends_on_changes(
     assert (folder / EXAMPLES).stat().st_mtime_ns == written
     assert (again.fingerprint, again.seconds, again.ledger) == (first.fingerprint, first.seconds, first.ledger)
     other_kwargs = Renderer(tiny_tokenizer(), chat_template_kwargs={"x": 1})
-    for changed in range(1, 6):
+    for changed in range(1, 8):
         match changed:
             case 1:
                 prepare(tmp_path, train=path, max_length=1000)
@@ -269,6 +269,10 @@ def test_what_was_rendered_is_found_again_until_something_it_depends_on_changes(
                 prepare(tmp_path, other_kwargs, train=path)
             case 5:
                 prepare(tmp_path, train=write_rows(tmp_path / "t.jsonl", 6))
+            case 6:
+                prepare(tmp_path, Renderer(tiny_tokenizer(), reasoning="drop"), train=path)
+            case 7:
+                prepare(tmp_path, Renderer(tiny_tokenizer(), control_text="token"), train=path)
         assert len(folders(tmp_path)) == 1 + changed
 
 
@@ -329,6 +333,21 @@ def test_rows_without_a_target_are_set_aside_by_name(tmp_path: Path) -> None:
         f"  set aside 3 x no assistant message is a target (e.g. {path}:4)",
         f"2 training rows repeat an earlier one (e.g. {path}:2 and {path}:1)",
     ]
+
+
+def test_what_settings_change_in_a_row_is_told_by_kind(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    replies = [{"content": "<think>\na\n</think>\n\nb"}, {"content": "b", "reasoning_content": "a"}, {"content": call}]
+    rows = [[{"role": "user", "content": "q"}, {"role": "assistant", **reply}] for reply in replies]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
+    assert summary_lines(prepare(tmp_path, train=str(path)).ledger)[1:4] == [
+        "  in 1 turns a thought is kept at the head of the reply's text",
+        "  in 1 turns a thought from a field of its own is put at the head of the reply's text",
+        "  in 1 turns tool use told in text stays text",
+    ]
+    dropping = Renderer(tiny_tokenizer(), reasoning="drop")
+    assert "  in 2 turns a thought is left out" in summary_lines(prepare(tmp_path, dropping, train=str(path)).ledger)
 
 
 @pytest.mark.parametrize(("good", "told"), [(3, "4 of 7 rows"), (0, "all 4 rows")])

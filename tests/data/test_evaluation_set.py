@@ -20,9 +20,9 @@ from tests.tiny_tokenizers import CHATML_TOKENS, tiny_tokenizer
 PLAIN = Renderer(tiny_tokenizer())
 
 
-def evaluate(path: Path | str, **settings: Any) -> tuple[list[Any], dict[str, Any]]:
+def evaluate(path: Path | str, renderer: Renderer = PLAIN, **settings: Any) -> tuple[list[Any], dict[str, Any]]:
     given = {"max_prompt_length": None, "max_new_tokens": 64, **settings}
-    samples, ledger = prepare_evaluation_data([Source(path=str(path))], PLAIN, **given)
+    samples, ledger = prepare_evaluation_data([Source(path=str(path))], renderer, **given)
     return samples, ledger["sources"][0]
 
 
@@ -61,7 +61,7 @@ def test_the_ledger_names_the_template_that_renders_a_refused_row(tmp_path: Path
     rows: list[list[dict[str, Any]]] = [[asked, {"role": "assistant", "content": "x"}]] * 3
     rows += [[asked, thought], [asked, {"role": "system", "content": ""}]]
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    _, source = evaluate(path)
+    _, source = evaluate(path, Renderer(tiny_tokenizer(), reasoning="field"))
     assert source["set_aside"] == [
         {"place": f"{path}:4", "reason": "the chat template drops reasoning", "lifted_by": "embedded:completed"},
         {"place": f"{path}:5", "reason": "no assistant message is a target"},

@@ -48,7 +48,7 @@ def examples(world: Path) -> list[Example]:
     prepared = prepare_training_data(
         data,
         config.run.seed,
-        lambda any_reasoning: renderer_for(tokenizer, config.model, any_reasoning=any_reasoning),
+        lambda any_reasoning: renderer_for(tokenizer, config.model, config.data, any_reasoning=any_reasoning),
         cache=world / "cache" / "reference",
         say=lambda line: None,
     )

@@ -142,7 +142,7 @@ def test_rows_that_cannot_be_rendered_are_set_aside_by_name_among_good_ones(trai
     bad = [broken.content for broken in RENDERED if broken.readable and "--model.chat_template" not in broken.flags]
     rows = [GOOD.encode()] * 20
     Path("t.jsonl").write_bytes(b"\n".join([*bad, *rows]))
-    status, told = train_on("t.jsonl", "--optim.max_steps", "1")
+    status, told = train_on("t.jsonl", "--optim.max_steps", "1", "--data.reasoning", "field")
     assert status == 0, told
     (account,) = json.loads(Path("run/ledger.json").read_text())["sources"]
     assert places(account) == [f"t.jsonl:{n + 1}" for n in range(len(bad))]

@@ -185,7 +185,7 @@ def test_sharegpt_calls_and_observations() -> None:
         Message("user", "q"),
         Message("assistant", "", tool_calls=(CALL,)),
         Message("tool", '{"t": 22}'),
-        Message("assistant", "", reasoning="hm", tool_calls=(CALL, CALL)),
+        Message("assistant", "", "hm", (CALL, CALL), thought_text="<think>\nhm\n</think>\n"),
     )
     assert row.tools == ({"type": "function", "function": WEATHER},)
 
@@ -217,13 +217,30 @@ def test_recorded_chatglm3_rows_are_read(shared: Any) -> None:
 
 
 def test_a_leading_thought_is_reasoning() -> None:
-    assert split_reasoning("<think>\na\nb\n</think>\n\nHi\n") == ("a\nb", "Hi\n")
-    assert split_reasoning("<think>\n\n</think>\n\nHi") == (None, "Hi")
-    assert split_reasoning("Hi <think>a</think>") == (None, "Hi <think>a</think>")
-    assert split_reasoning("<think>never closed") == (None, "<think>never closed")
+    assert split_reasoning("<think>\na\nb\n</think>\n\nHi\n") == ("a\nb", "Hi\n", "<think>\na\nb\n</think>\n\n")
+    assert split_reasoning("<think>\n\n</think>\n\nHi") == (None, "Hi", "<think>\n\n</think>\n\n")
+    assert split_reasoning("Hi <think>a</think>") == (None, "Hi <think>a</think>", None)
+    assert split_reasoning("<think>never closed") == (None, "<think>never closed", None)
     user, assistant = parse_row({"prompt": "<think>x</think>y", "completion": "<think>x</think>y"}).messages
     assert (user.reasoning, user.content) == (None, "<think>x</think>y")
-    assert (assistant.reasoning, assistant.content) == ("x", "y")
+    assert (assistant.reasoning, assistant.content, assistant.thought_text) == ("x", "y", "<think>x</think>")
+
+
+@pytest.mark.parametrize("text", ["<think>\na\n</think>\n\nHi", "\n <think></think>Hi", "<think> a </think>\n\n\n"])
+def test_what_is_set_apart_of_a_reply_gives_its_text_back(text: str) -> None:
+    said = split_reasoning(text)
+    assert said.thought_text is not None
+    assert said.thought_text + said.content == text
+    call = {"from": "function_call", "value": '<think>x</think>\n{"name": "f", "arguments": {}}'}
+    forms: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]},
+        {"instruction": "?", "output": text},
+        {"prompt": "?", "completion": text},
+        {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": text}]},
+    ]
+    assert [parse_row(row).messages[1].thought_text for row in forms] == [said.thought_text] * len(forms)
+    turns = [{"from": "human", "value": "?"}, call]
+    assert parse_row({"conversations": turns}).messages[1].thought_text == "<think>x</think>\n"
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])

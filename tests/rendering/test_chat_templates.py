@@ -94,15 +94,15 @@ WITH_REASONING = ("reasoning", BESIDE_REASONING)
 # What is foreseen, in the order of CONVERSATIONS: how many examples a conversation gives, or why it is refused.
 # NAME+ stands for NAME_training too, trl's version of the template with marks around what is learned.
 FORESEEN = """
-1 1 1 1 raises reasoning 1                      : cohere+ cohere2+ gemma3+
+1 1 1 1 raises 1 1                              : cohere+ cohere2+ gemma3+
 prompt prompt prompt prompt prompt prompt prompt: deepseek_r1_distill+ deepseekv3+
 1 1 1 1 1 2 1                                   : diffusion_gemma+ gemma4_v5 glm4moe+ lfm2_2_5 lfm2_2_5_v2 lfm2_2_5_vl
-1 raises 1 1 raises reasoning 1                 : gemma+
-1 1 1 1 1 reasoning 1                           : gemma4 gemma4_v2 gemma4_v3 gemma4_v4 lfm2_v2+ llama3_1 llama3_2
-1 1 1 1 1 reasoning 1                           : qwen2_5+ qwen3_instruct_2507+ qwen3_vl+
+1 raises 1 1 raises 1 1                         : gemma+
+1 1 1 1 1 1 1                                   : gemma4 gemma4_v2 gemma4_v3 gemma4_v4 lfm2_v2+ llama3_1 llama3_2
+1 1 1 1 1 1 1                                   : qwen2_5+ qwen3_instruct_2507+ qwen3_vl+
 1 1 1 3 1 2 1                                   : gptoss+ qwen3_5_think qwen3_6
 text text text text raises reasoning text       : idefics3+ smolvlm+
-1 1 1 1 calls reasoning 1                       : lfm2+ llama3+ phi3+ phi3_5+ qwen2_5_vl+
+1 1 1 1 calls 1 1                               : lfm2+ llama3+ phi3+ phi3_5+ qwen2_5_vl+
 raises raises raises raises raises raises raises: llava_next+
 1 1 1 1 1 1 1                                   : muse_glimmer+ qwen3_5_think_training qwen3_6_training qwen3_8+
 1 1 1 1 1 1 1                                   : qwen3_training
@@ -255,7 +255,7 @@ def test_every_refusal_names_a_template_of_the_package_that_renders_the_row(
 ) -> None:
     rows = [row for name, row in outcomes.items() if name == original(name)]
     assert_lifted(rows)
-    assert sum(outcome.lifted is not None for row in rows for outcome in row) > 60
+    assert sum(outcome.lifted is not None for row in rows for outcome in row) > 50
 
 
 @pytest.mark.slow

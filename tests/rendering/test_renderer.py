@@ -251,7 +251,8 @@ def test_what_the_assistant_says_first_is_context_unless_the_row_asks_for_more(c
         (Conversation((Message("user", "search"), ASSISTANT), (TOOL,)), "the chat template drops the tools on offer"),
     ],
 )
-def test_what_the_template_drops_is_found_out(chatml: Renderer, conversation: Conversation, reason: str) -> None:
+def test_what_the_template_drops_is_found_out(conversation: Conversation, reason: str) -> None:
+    chatml = Renderer(tiny_tokenizer(), reasoning="field")
     for attempt in (chatml.render, chatml.render_for_evaluation):
         limits: dict[str, Any] = {"max_prompt_length": LONG, "max_new_tokens": 9}
         if attempt == chatml.render:

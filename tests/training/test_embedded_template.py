@@ -10,6 +10,7 @@ import evaluate
 from chatlora.config import Config
 from chatlora.errors import ConfigError, DataError
 from chatlora.rendering import embedded
+from chatlora.rendering.thoughts import PUT
 from chatlora.training.named_files import refuse_missing_files
 from tests.tiny_models import CHATML
 
@@ -19,7 +20,7 @@ COMPLETED = ("--model.chat_template", "embedded:completed")
 
 @pytest.fixture
 def thoughtful(tmp_path: Path) -> tuple[str, ...]:
-    """Rows that the world's ChatML template refuses."""
+    """Rows with thoughts, for which the world's ChatML template has no place."""
     rows = tmp_path / "thoughtful.jsonl"
     messages = [
         {"role": "user", "content": "Where is Oslo?"},
@@ -43,7 +44,17 @@ def references(folder: Path) -> list[str]:
 def test_a_refused_source_names_the_template_that_renders_it(run: Run, thoughtful: tuple[str, ...]) -> None:
     told = r"4 x the chat template drops reasoning .*; take model\.chat_template embedded:completed, which renders all"
     with pytest.raises(DataError, match=told):
-        run(*thoughtful)
+        run(*thoughtful, "--data.reasoning", "field")
+
+
+def test_thoughts_are_trained_and_asked_for_in_the_text(run: Run, thoughtful: tuple[str, ...]) -> None:
+    folder = run(*thoughtful)
+    assert json.loads((folder / "ledger.json").read_text("utf-8"))["sources"][0]["altered"] == {PUT: 4}
+    evaluate.main([str(folder), "--evaluation.max_new_tokens", "1"])
+    assert references(folder / "eval" / "test")[0].startswith("<think>\nA map helps.\n</think>\n\nIn Norway.")
+    out = ["--data.reasoning", "drop", "--output_dir", "dropped"]
+    evaluate.main([str(folder), "--evaluation.max_new_tokens", "1", *out])
+    assert references(Path("dropped"))[0].startswith("In Norway.")
 
 
 def test_the_adapter_carries_the_template_that_trained_it(
