@@ -29,7 +29,6 @@ MOST_TOO_LONG = 0.05  # of all replies; beyond, it is a warning
 REPLIES_LOST = "replies beyond max_length are lost"
 CUT = "cut at max_length"
 LIFTED_BY = "lifted_by"
-TURNS, EXAMPLE = "turns", "example"
 BY_SETTING = (A_THOUGHT, HERMES)  # how kinds of change begin that are not the chat template's
 OTHER_TEMPLATE = "set model.chat_template to a Jinja file that renders such rows, or model.chat_template_kwargs"
 REMEDIES = {  # by how a reason begins
@@ -105,8 +104,8 @@ class SourceAccount:
 
     def note_remarks(self, place: str | None, remarks: Iterable[Remark]) -> None:
         for kind, detail in remarks:
-            example = f"{place or ''}: {detail}" if detail else place or ""
-            self.remarks.setdefault(kind, {TURNS: 0, EXAMPLE: example})[TURNS] += 1
+            example = {"place": place or ""} | ({"detail": detail} if detail else {})
+            self.remarks.setdefault(kind, {"turns": 0, **example})["turns"] += 1
 
     def note_cut(self, place: str | None, reason: str, detail: str) -> None:
         self.cut.append(entry(place, reason, detail))
@@ -190,9 +189,7 @@ def summary_lines(ledger: Mapping[str, Any]) -> list[str]:
         lines += [f"  set aside {reason}" for reason in counted(source["set_aside"])]
         lines += [f"  not whole: {reason}" for reason in counted(source["cut"])]
         lines += [f"  in {turns:,} turns {_told_altered(kind)}" for kind, turns in source["altered"].items()]
-        lines += [
-            f"  in {told[TURNS]:,} turns {kind} (e.g. {told[EXAMPLE]})" for kind, told in source["remarks"].items()
-        ]
+        lines += [f"  in {one['turns']:,} turns {kind} (e.g. {_told(one)})" for kind, one in source["remarks"].items()]
     lines += [_told_too_long(ledger)] if ledger["replies_too_long"] else []
     return lines + alike_lines(ledger.get("alike", {}))
 
@@ -242,5 +239,5 @@ def _told_lifted(lifted: Mapping[str, int], of: int) -> str:
     )
 
 
-def _told(one: Mapping[str, str]) -> str:
+def _told(one: Mapping[str, Any]) -> str:
     return f"{one['place']}: {one['detail']}" if "detail" in one else one["place"]

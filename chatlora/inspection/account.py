@@ -11,7 +11,7 @@ COUNTS = ("rows_read", "rows_used", "rows_held_out", "turns", "targets", "tokens
 HARMLESS = frozenset(
     {
         *("path", "part", "left", "not_used", "max_length_for_99_percent"),
-        *("duplicates", "near_duplicates", "contradictions", "overlaps", "on_leak"),
+        *("duplicates", "near_duplicates", "contradictions", "overlaps", "on_leak", "remarks"),
         *COUNTS,
     }
 )

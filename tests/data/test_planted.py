@@ -64,14 +64,15 @@ def test_planted_rows_are_found_exactly(shared: Path, tmp_path: Path) -> None:
     assert {entry["reason"] for entry in source["set_aside"]} == {DROPS_SYSTEM}
     assert {entry["detail"] for entry in source["set_aside"]} == {"message 5"}
     assert source["remarks"] == {
-        EMPTY: {"turns": 10, "example": places[EMPTY][0]},
-        OPENS: {"turns": 10, "example": places[OPENS][0]},
-        SPELLS_CONTROL: {"turns": 10, "example": f"{places[SPELLS_CONTROL][0]}: <|im_end|>"},
+        EMPTY: {"turns": 10, "place": places[EMPTY][0]},
+        OPENS: {"turns": 10, "place": places[OPENS][0]},
+        SPELLS_CONTROL: {"turns": 10, "place": places[SPELLS_CONTROL][0], "detail": "<|im_end|>"},
     }
     assert source["turns"] == 450 - 10 + 10  # no greeting is a target, each empty reply is
     lines = "\n".join(summary_lines(data.ledger))
-    for kind, told in source["remarks"].items():
-        assert f"  in 10 turns {kind} (e.g. {told['example']})" in lines
+    for kind in (EMPTY, OPENS):
+        assert f"  in 10 turns {kind} (e.g. {places[kind][0]})" in lines
+    assert f"  in 10 turns {SPELLS_CONTROL} (e.g. {places[SPELLS_CONTROL][0]}: <|im_end|>)" in lines
     assert prepared(tmp_path, path).ledger == data.ledger, "kept with the rendered rows"
 
 

@@ -26,7 +26,9 @@ SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 FUNCTION = {"name": "look_up", "description": "the weather of a city", "parameters": SCHEMA}
 TOOL = {"type": "function", "function": FUNCTION}
 PLAIN_CALL = {"name": "look_up", "arguments": {"city": "Oslo"}}
-THINK = "<think>\nIt is a capital.\n</think>\n\nIn Norway."
+HEAD = "<think>\nIt is a capital.\n</think>\n\n"
+THINK = f"{HEAD}In Norway."
+THOUGHT_IN_TEXT = replace(THOUGHT, thought_text=HEAD)
 
 
 def says(role: str, content: Any, **more: Any) -> dict[str, Any]:
@@ -99,7 +101,7 @@ OPENAI = [
     Published("developer, two system messages, a name", {"messages": [says("developer", "Be brief."), says("system", "Be kind."), says("user", Q, name="ana"), says("assistant", A, refusal=None, annotations=[])]}, (BRIEF, Message("system", "Be kind."), replace(ASK, name="ana"), REPLY)),
     Published("OpenAI: refusal", {"messages": [USER, says("assistant", None, refusal="I cannot say.")]}, (ASK, Message("assistant", "I cannot say."))),
     Published("reasoning_content", {"messages": [USER, says("assistant", A, reasoning_content="It is a capital.")], "tools": []}, (ASK, THOUGHT)),
-    Published("a thought in the text", {"messages": [USER, says("assistant", THINK)]}, (ASK, THOUGHT)),
+    Published("a thought in the text", {"messages": [USER, says("assistant", THINK)]}, (ASK, THOUGHT_IN_TEXT)),
     Published("a thought beside a thought in the text", {"messages": [USER, says("assistant", "<think>x</think>In Norway.", reasoning_content="It is a capital.")]}, (ASK, replace(THOUGHT, content="<think>x</think>In Norway."))),
     Published("an image part", {"messages": [says("user", [{"type": "text", "text": Q}, {"type": "image_url", "image_url": {"url": "o.png"}}]), ASSISTANT]}, refused=("messages[0].content[1].type is 'image_url'", "on_bad_row: set_aside")),
     Published("Anthropic: tool_use and tool_result", {"messages": [WARM, says("assistant", [{"type": "text", "text": "A moment."}, {"type": "tool_use", "id": "c1", "name": "look_up", "input": {"city": "Oslo"}}]), says("user", [{"type": "tool_result", "tool_use_id": "c1", "content": "5 degrees"}]), FIVE], "tools": [{"name": "look_up", "description": "the weather of a city", "input_schema": SCHEMA}]}, (WHEN, replace(CALL_C1, content="A moment."), RESULT_C1, TOLD), (TOOL,)),
@@ -175,7 +177,7 @@ OTHERS = [
     Published("GSM8K: question and answer", {"question": Q, "answer": A}),
     Published("MetaMath: query and response", {"query": Q, "response": A, "type": "x"}, not_used=("type",)),
     Published("ms-swift: query, response, history", {"query": Q2, "response": A2, "history": [[Q, A]], "system": "Be brief."}, (BRIEF, ASK, REPLY, ASK2, REPLY2)),
-    Published("Nemotron: input as messages, output as text", {"input": [USER], "output": THINK, "reasoning": "on", "system_prompt": "Be brief.", "category": "x"}, (BRIEF, ASK, THOUGHT), not_used=("category", "reasoning")),
+    Published("Nemotron: input as messages, output as text", {"input": [USER], "output": THINK, "reasoning": "on", "system_prompt": "Be brief.", "category": "x"}, (BRIEF, ASK, THOUGHT_IN_TEXT), not_used=("category", "reasoning")),
     Published("prompt as messages, completion as text", {"prompt": [USER], "completion": A}),
     Published("TRL: prompt and completion as messages", {"prompt": [USER, ASSISTANT, says("user", Q2)], "completion": [says("assistant", A2)]}, (ASK, replace(REPLY, loss=False), ASK2, REPLY2)),
     Published("reasoning in a column of its own", {"prompt": Q, "completion": A, "reasoning": "It is a capital."}, (ASK, THOUGHT)),

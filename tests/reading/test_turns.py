@@ -74,7 +74,7 @@ def test_a_thought_in_front_of_a_call_keeps_it_apart_from_the_text_before() -> N
     thinking = called(content=f"<think>hm</think>{json.dumps(CALL)}")
     assert messages(USER, {"role": "assistant", "content": "So."}, thinking)[1:] == (
         Message("assistant", "So."),
-        Message("assistant", "", "hm", (LOOK,)),
+        Message("assistant", "", "hm", (LOOK,), thought_text="<think>hm</think>"),
     )
 
 
