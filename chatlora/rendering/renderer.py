@@ -56,7 +56,9 @@ from chatlora.rendering.turns import (
     StopTokens,
     Turn,
     check_context,
+    greeting,
     greeting_named,
+    opens,
     read_tool_message,
     read_turn,
     targets,
@@ -139,9 +141,10 @@ class Renderer:
         the row aside; `error` raises DataError with place, length and remedy. Raises SetAside where the row cannot be
         rendered exactly or holds no target.
         """
-        refuse_hopeless(conversation, targets(conversation, supervise), max_length, over_length)
         with bounded(bounds_for(conversation), conversation.place), greeting_named(conversation):
             taken = self.taking.taken(conversation)
+            asked = self._targets(taken.conversation, supervise)
+            refuse_hopeless(taken.conversation, asked, max_length, over_length)
             full, turns = self._turns(taken.conversation, supervise)
             drafts = drafts_of(self._text, full, turns, len(taken.conversation.messages))
             for draft in drafts:
@@ -242,7 +245,7 @@ class Renderer:
         return masked_messages(conversation, mask, self._text.spellings.values()), mask(conversation.tools)
 
     def _turns(self, conversation: Conversation, supervise: Supervise) -> tuple[str, list[Turn]]:
-        indices = targets(conversation, supervise)
+        indices = self._targets(conversation, supervise)
         messages, tools = self._masked(conversation)
         (template, stops, _), spellings = self._at(conversation), self._text.spellings.values()
         full = template.render(messages, tools, prompt=False)
@@ -277,9 +280,17 @@ class Renderer:
         if self._text.as_served and self._stops.end_after(json.dumps(message, ensure_ascii=False), 0) is not None:
             raise SetAside(SPELLS_STOP)
 
+    def _targets(self, conversation: Conversation, supervise: Supervise) -> list[int]:
+        """Of a conversation as the template takes it, which may lead to what the assistant says first, or not."""
+        opened = False
+        if greeting(conversation):
+            first, tools = self._masked(conversation.with_messages(conversation.messages[:1]))
+            opened = opens(self._at(conversation).template, first, tools)
+        return targets(conversation, supervise, opened=opened)
+
     def _assistant_targets(self, conversation: Conversation, supervise: Supervise) -> list[int]:
         """Those that a model answers: what a tool said may be learned, but is asked of no model."""
-        chosen = targets(conversation, supervise)
+        chosen = self._targets(conversation, supervise)
         answers = [index for index in chosen if conversation.messages[index].role == "assistant"]
         if not answers:
             raise SetAside(NO_TARGET)

@@ -81,13 +81,22 @@ def greeting(conversation: Conversation) -> int:
     return next(others, 0)
 
 
-def targets(conversation: Conversation, supervise: str) -> list[int]:
+def opens(template: ChatTemplate, first: Messages, tools: Messages) -> bool:
+    """Whether a prompt leads to a first message: the template opens every conversation with something of its own."""
+    try:
+        return template.render(first, tools, prompt=False).startswith(_prompt(template, (), tools))
+    except SetAside:
+        return False
+
+
+def targets(conversation: Conversation, supervise: str, *, opened: bool) -> list[int]:
     """The indices of the messages to learn: the assistant's, and a tool's that says so. Raises SetAside if none.
 
-    No prompt leads to what the assistant says first: that is learned only where it says so.
+    opened: whether a prompt leads to what the assistant says first; else that is learned only where it says so.
     """
     assistant = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
-    by_default = set(assistant if supervise == "all" else assistant[-1:]) - set(range(greeting(conversation)))
+    unled = set() if opened else set(range(greeting(conversation)))
+    by_default = set(assistant if supervise == "all" else assistant[-1:]) - unled
     chosen = []
     for index, message in enumerate(conversation.messages):
         asked = message.loss and message.role in ("assistant", "tool")

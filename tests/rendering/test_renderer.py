@@ -215,22 +215,20 @@ def test_supervise_and_loss_choose_the_turns(chatml: Renderer) -> None:
 
 
 def test_what_the_assistant_says_first_is_context_unless_the_row_asks_for_more(chatml: Renderer) -> None:
-    greeting = Message("assistant", "Hello!")
-    for tokenizer in (chatml.tokenizer, llama3_tokenizer("gpt2")):  # a template that opens every conversation, too
-        renderer = Renderer(tokenizer)
-        for opening in ((greeting,), (greeting, greeting), (replace(greeting, loss=False),)):
-            conversation = Conversation((*opening, USER, ASSISTANT_2))
-            rendered = renderer.render(conversation, max_length=LONG)
-            [example] = rendered.examples
-            stop = tokenizer.eos_token
-            assert replies(renderer, example) == [ASSISTANT_2.content + stop]
-            assert "Hello!" in tokenizer.decode(example.input_ids)
-            assert rendered.remarks == (Remark(OPENS),) * len(opening)
-            [sample] = renderer.render_for_evaluation(conversation, max_prompt_length=None, max_new_tokens=9)
-            assert sample.turn == len(opening)
-            assert (
-                sample.input_ids + sample.output_ids == example.input_ids[: len(sample.input_ids + sample.output_ids)]
-            )
+    greeting, stop = Message("assistant", "Hello!"), chatml.tokenizer.eos_token
+    for opening in ((greeting,), (greeting, greeting), (replace(greeting, loss=False),)):
+        conversation = Conversation((*opening, USER, ASSISTANT_2))
+        rendered = chatml.render(conversation, max_length=LONG)
+        [example] = rendered.examples
+        assert replies(chatml, example) == [ASSISTANT_2.content + stop]
+        assert "Hello!" in chatml.tokenizer.decode(example.input_ids)
+        assert rendered.remarks == (Remark(OPENS),) * len(opening)
+        [sample] = chatml.render_for_evaluation(conversation, max_prompt_length=None, max_new_tokens=9)
+        assert sample.turn == len(opening)
+        assert sample.input_ids + sample.output_ids == example.input_ids[: len(sample.input_ids + sample.output_ids)]
+    opening_itself = Renderer(llama3_tokenizer("gpt2"))  # its prompt leads to a first message as to any
+    rendered = opening_itself.render(Conversation((greeting, USER, ASSISTANT_2)), max_length=LONG)
+    assert (rendered.turns, rendered.remarks) == (2, ())
     for conversation, reason in (
         (Conversation((replace(greeting, loss=True), USER, ASSISTANT_2)), "comes first"),
         (Conversation((greeting,)), "comes first"),
