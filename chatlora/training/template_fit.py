@@ -2,8 +2,8 @@
 
 A model that was trained with a template expects what stands between two messages almost surely, in any language and
 whatever they say. Under another template each of these tokens costs it nats, in every row, and training learns them
-first. Measured with SmolLM2-135M-Instruct on English and Chinese rows: 0.0 to 0.2 nats a token with ChatML, its own,
-and 0.8 to 3.6 with DeepSeek's and Gemma's. Stop tokens depend on the replies too: 0.5 to 4.9, and 4.5 to 15.4.
+first. Measured with SmolLM2-135M-Instruct on English and Chinese rows: 0.0 to 0.4 nats a token with ChatML, its own,
+and 1.0 to 4.4 with five others. Stop tokens depend on the replies too: 0.4 to 5.5, and 0.6 to 11.
 """
 
 import json
@@ -30,7 +30,7 @@ from chatlora.terminal import harmless
 MOST_ROWS, MOST_TOKENS, LONGEST = 8, 1_024, 512  # LONGEST: tokens of one row, all of whose logits exist at a time
 GAPS = 2  # of a row, the first ones: further on the model has learned the template from the row itself
 SHORTEST = 4  # characters of a message: less may be found where it is not meant
-EXPECTED = {"between": 0.5, "end": 10.0, "stop": 10.0}  # nats a token on average; more is told
+EXPECTED = {"between": 0.65, "end": 10.0, "stop": 10.0}  # nats a token on average; more is told
 FAR_ABOVE = 5.0  # nats of a token that is named
 REMEDY = (
     "the model was hardly trained with this chat template. If it is a chat model, take its own template "
