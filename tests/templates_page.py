@@ -26,8 +26,8 @@ rendering and proving it, the reason names it (`lifted_by` in the ledger), as th
 Refused, whatever the kind, is also a row of which the template drops a message that leads to a reply (`the chat
 template drops a system message`, and which): gptoss and qwen3_vl show no second system message, phi3 and phi3_5 no
 result of a tool, llama3_1, llama3_2 and muse_glimmer no text beside a call. What the assistant says first is a
-target where the template opens every conversation by itself, so that a prompt leads to it, and context elsewhere; cohere,
-cohere2, gemma and gemma3 raise an error at it.
+target where the template opens every conversation by itself, so that a prompt leads to it, and context elsewhere;
+cohere, cohere2, gemma and gemma3 raise an error at it.
 
 NAME_training is trl's version of a template with marks around what is learned. Where it has no row of its own, it comes
 out as NAME does.
