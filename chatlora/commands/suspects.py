@@ -51,7 +51,7 @@ def show(records: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(
             f"{numbers[0]:.1f}",
             *(f"{number:.2f}" for number in numbers[1:]),
-            printable(record["place"]),
+            printable(Path(record["place"]).name),
             printable(" ".join(f"'{token}'" for token in worst)),
         )
     Console().print(table)
