@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from filelock import FileLock
 
-from chatlora.disk import PARTIAL, write_json
+from chatlora.disk import name_beside, write_json
 from chatlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def keep_within(limit: int, folder: Path, marker: str, say: Callable[[str], None
         if excess <= freed or when > time.time() - IN_USE:
             break
         with suppress(OSError):  # another process was faster, or it may not be removed
-            going = each.rename(each.with_name(f".{each.name}.{os.getpid()}{PARTIAL}"))  # at once, for whoever opens it
+            going = each.rename(name_beside(each))  # at once, for whoever opens it
             shutil.rmtree(going)
             freed += sizes[each]
     if freed:

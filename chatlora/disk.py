@@ -25,7 +25,7 @@ def written_beside(path: Path) -> Iterator[Path]:
 
     Where the block fails, `path` stays as it was.
     """
-    beside = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}{PARTIAL}")
+    beside = name_beside(path)
     _remove(beside)
     try:
         yield beside
@@ -41,6 +41,11 @@ def written_beside(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         _remove(beside)
+
+
+def name_beside(path: Path) -> Path:
+    """A name beside `path` that no other process uses, and that `sweep` knows."""
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}{PARTIAL}")
 
 
 def sweep(folder: Path, name: str = "*") -> None:

@@ -109,3 +109,14 @@ def control_tokens_in(chat_template: str) -> list[str]:
     literal = re.sub(r"\{#.*?#\}", "", chat_template, flags=re.DOTALL)
     found = re.findall(r"<[^<>\s{}'\"+]{2,40}>|<\|\"\|>|\[/?[A-Z_]{4,}\]", literal)
     return list(dict.fromkeys(found))
+
+
+def llama3_tokenizer(splitting: Splitting) -> PreTrainedTokenizerFast:
+    """With Llama 3's template, which opens every conversation with BOS."""
+    return tiny_tokenizer(
+        chat_template=LLAMA3,
+        control_tokens=LLAMA3_TOKENS,
+        eos="<|eot_id|>",
+        bos="<|begin_of_text|>",
+        splitting=splitting,
+    )

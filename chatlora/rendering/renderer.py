@@ -145,10 +145,10 @@ class Renderer:
             taken = self.taking.taken(conversation)
             asked = self._targets(taken.conversation, supervise)
             refuse_hopeless(taken.conversation, asked, max_length, over_length)
-            full, turns = self._turns(taken.conversation, supervise)
+            full, turns = self._turns(taken.conversation, asked)
             drafts = drafts_of(self._text, full, turns, len(taken.conversation.messages))
             for draft in drafts:
-                self.prove(draft.example(), conversation, draft.turns)
+                self._prove(draft.example(), taken.conversation, draft.turns)
         kept, missed = fitted(drafts, max_length, over_length, conversation.place)
         learned = [turn for draft in kept for turn in draft.turns]
         num_turns = sum(len(draft.spans) for draft in kept)
@@ -179,7 +179,7 @@ class Renderer:
         """
         with bounded(bounds_for(conversation), conversation.place), greeting_named(conversation):
             taken = self.taking.taken(conversation)
-            drafts = self._drafts_for_evaluation(conversation, taken.conversation, supervise)
+            drafts = self._drafts_for_evaluation(taken.conversation, supervise)
         order = [index for index, message in enumerate(taken.conversation.messages) if message.role == "assistant"]
         examples, answered, set_aside, cut, altered = [], [], [], 0, Counter(taken.changes)
         for draft in drafts:
@@ -207,16 +207,12 @@ class Renderer:
 
     def turns(self, conversation: Conversation, supervise: Supervise = "all") -> list[Turn]:
         """The supervised turns as text. Raises SetAside as `render` does."""
-        return self._turns(self.taking.taken(conversation).conversation, supervise)[1]
+        taken = self.taking.taken(conversation).conversation
+        return self._turns(taken, self._targets(taken, supervise))[1]
 
     def prove(self, example: Example, conversation: Conversation, turns: Sequence[Turn]) -> None:
         """Raises SetAside unless `example` is exactly that of these turns; see `proof.Proof.prove`."""
-        began = perf_counter()
-        try:
-            taken = self.taking.taken(conversation).conversation
-            self._at(conversation).proof.prove(example.input_ids, example.labels, taken, turns)
-        finally:
-            self.proof_seconds += perf_counter() - began
+        self._prove(example, self.taking.taken(conversation).conversation, turns)
 
     def under(self, template: str) -> Self:
         """A renderer of the same tokenizer, told the same, with another template."""
@@ -231,7 +227,14 @@ class Renderer:
             text=self._text,
         )
 
-    # ---- text
+    # ---- of a conversation as the template takes it
+
+    def _prove(self, example: Example, conversation: Conversation, turns: Sequence[Turn]) -> None:
+        began = perf_counter()
+        try:
+            self._at(conversation).proof.prove(example.input_ids, example.labels, conversation, turns)
+        finally:
+            self.proof_seconds += perf_counter() - began
 
     def _at(self, conversation: Conversation) -> Under:
         """The template, as this row has it."""
@@ -240,12 +243,10 @@ class Renderer:
         return self._row_kwargs.under(self._template, conversation.template_kwargs, self.stop_ids)
 
     def _masked(self, conversation: Conversation) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Of a conversation as the template takes it."""
         mask = self._text.mask
         return masked_messages(conversation, mask, self._text.spellings.values()), mask(conversation.tools)
 
-    def _turns(self, conversation: Conversation, supervise: Supervise) -> tuple[str, list[Turn]]:
-        indices = self._targets(conversation, supervise)
+    def _turns(self, conversation: Conversation, indices: Sequence[int]) -> tuple[str, list[Turn]]:
         messages, tools = self._masked(conversation)
         (template, stops, _), spellings = self._at(conversation), self._text.spellings.values()
         full = template.render(messages, tools, prompt=False)
@@ -259,20 +260,18 @@ class Renderer:
             check_context(template, self._contexts, messages, tools, turn)
         return full, turns
 
-    def _drafts_for_evaluation(
-        self, conversation: Conversation, taken: Conversation, supervise: Supervise
-    ) -> list[Draft]:
+    def _drafts_for_evaluation(self, conversation: Conversation, supervise: Supervise) -> list[Draft]:
         """One for each assistant turn that is a target, rendered as the last message and proved."""
-        messages, tools = self._masked(taken)
+        messages, tools = self._masked(conversation)
         (template, stops, _), spellings = self._at(conversation), self._text.spellings.values()
         drafts = []
-        for index in self._assistant_targets(taken, supervise):
+        for index in self._assistant_targets(conversation, supervise):
             self._refuse_stop(messages[index])
             turn = read_turn(template, stops, messages[: index + 1], tools, index, None)
             check_context(template, self._contexts, messages, tools, turn)
             turn = with_template_edits(turn, template, messages, tools, spellings)
             drafts.append(draft_alone(self._text, turn))
-            self.prove(drafts[-1].example(), conversation, drafts[-1].turns)
+            self._prove(drafts[-1].example(), conversation, drafts[-1].turns)
         return drafts
 
     def _refuse_stop(self, message: Mapping[str, Any]) -> None:
@@ -281,7 +280,7 @@ class Renderer:
             raise SetAside(SPELLS_STOP)
 
     def _targets(self, conversation: Conversation, supervise: Supervise) -> list[int]:
-        """Of a conversation as the template takes it, which may lead to what the assistant says first, or not."""
+        """A template may lead to what the assistant says first, or not."""
         opened = False
         if greeting(conversation):
             first, tools = self._masked(conversation.with_messages(conversation.messages[:1]))

@@ -10,22 +10,14 @@ from chatlora.config import DataConfig, Source
 from chatlora.data.dataset import prepare_evaluation_data, prepare_training_data, summary_lines
 from chatlora.errors import DataError
 from chatlora.rendering.renderer import Renderer
-from tests.tiny_tokenizers import LLAMA3, LLAMA3_TOKENS, tiny_tokenizer
+from tests.tiny_tokenizers import llama3_tokenizer
 
 READ = "def read(row):\n    return None if row['id'] % {every} else row\n"
 
 
 @pytest.fixture(scope="module")
 def renderer() -> Renderer:
-    return Renderer(
-        tiny_tokenizer(
-            chat_template=LLAMA3,
-            control_tokens=LLAMA3_TOKENS,
-            eos="<|eot_id|>",
-            bos="<|begin_of_text|>",
-            splitting="llama3",
-        )
-    )
+    return Renderer(llama3_tokenizer("llama3"))
 
 
 def prepared(source: Source, renderer: Renderer, cache: Path) -> dict[str, Any]:

@@ -23,12 +23,10 @@ from tests.tiny_tokenizers import (
     CHATML,
     GLM,
     GLM_TOKENS,
-    LLAMA3,
-    LLAMA3_TOKENS,
     QWEN3,
     THINK_TOKENS,
     TOOL_TOKENS,
-    Splitting,
+    llama3_tokenizer,
     tiny_tokenizer,
 )
 
@@ -45,16 +43,6 @@ LONG = 10_000
 
 def glm_tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer(chat_template=GLM, control_tokens=GLM_TOKENS, plain_tokens=TOOL_TOKENS, eos="<|endoftext|>")
-
-
-def llama3_tokenizer(splitting: Splitting) -> PreTrainedTokenizerFast:
-    return tiny_tokenizer(
-        chat_template=LLAMA3,
-        control_tokens=LLAMA3_TOKENS,
-        eos="<|eot_id|>",
-        bos="<|begin_of_text|>",
-        splitting=splitting,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +68,7 @@ def replies(renderer: Renderer, example: Example) -> list[str]:
     [
         tiny_tokenizer(),
         tiny_tokenizer(plain_tokens=TOOL_TOKENS, splitting="llama3"),
-        tiny_tokenizer(
-            chat_template=LLAMA3,
-            control_tokens=LLAMA3_TOKENS,
-            eos="<|eot_id|>",
-            bos="<|begin_of_text|>",
-            splitting="llama3",
-        ),
+        llama3_tokenizer("llama3"),
     ],
     ids=["chatml", "qwen-like", "llama3"],
 )

@@ -17,7 +17,7 @@ from chatlora.rendering.examples import IGNORE_INDEX, Example
 from chatlora.rendering.renderer import Renderer
 from tests.runs import noted
 from tests.tiny_models import tiny_llama
-from tests.tiny_tokenizers import CHATML, GLM, GLM_TOKENS, LLAMA3, LLAMA3_TOKENS, tiny_tokenizer
+from tests.tiny_tokenizers import CHATML, GLM, GLM_TOKENS, LLAMA3, llama3_tokenizer, tiny_tokenizer
 
 ROWS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}] * (1 + n % 2)}
@@ -27,9 +27,7 @@ ROWS: list[dict[str, Any]] = [
 
 def adding_bos() -> PreTrainedTokenizerFast:
     """A tokenizer that puts BOS in front of all that it encodes, as Llama's do, whose template does so too."""
-    tokenizer = tiny_tokenizer(
-        chat_template=LLAMA3, control_tokens=LLAMA3_TOKENS, eos="<|eot_id|>", bos="<|begin_of_text|>"
-    )
+    tokenizer = llama3_tokenizer("gpt2")
     bos = "<|begin_of_text|>"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]

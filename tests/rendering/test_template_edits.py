@@ -15,7 +15,7 @@ from chatlora.reading.sources import read_conversations
 from chatlora.rendering.renderer import Renderer
 from chatlora.rendering.template_edits import ALIKE, LONGEST, template_edits
 from tests.rendering.test_chat_templates import TEMPLATES, TOOL, renderer_of
-from tests.tiny_tokenizers import LLAMA3, LLAMA3_TOKENS, QWEN3, THINK_TOKENS, tiny_tokenizer
+from tests.tiny_tokenizers import QWEN3, THINK_TOKENS, llama3_tokenizer, tiny_tokenizer
 
 TRIMMED = "space around the reply's text is trimmed"
 SPELLINGS = ("<|end|>", "<|end", "<think>", "</think>")
@@ -61,15 +61,7 @@ def rows(path: Path, answers: list[str]) -> Source:
 
 
 def test_the_ledger_counts_turns_by_kind_and_the_summary_tells_them(tmp_path: Path) -> None:
-    llama3 = Renderer(
-        tiny_tokenizer(
-            chat_template=LLAMA3,
-            control_tokens=LLAMA3_TOKENS,
-            eos="<|eot_id|>",
-            bos="<|begin_of_text|>",
-            splitting="llama3",
-        )
-    )
+    llama3 = Renderer(llama3_tokenizer("llama3"))
     source = rows(tmp_path / "t.jsonl", ["a", "b\n", " c"])
     config = DataConfig(train=(source,), max_length=256, validation=0.0)
     data = prepare_training_data(config, 0, lambda _: llama3, cache=tmp_path, say=print)
