@@ -107,7 +107,5 @@ def chosen(found: Inspected, asked: Asked) -> list[Chosen]:
     others = named_rows(found)
     shown = rows.named(asked.row, found.rows, others) if asked.row is not None else []
     shown += rows.longest(found.rows) if "longest" in asked.switches else []
-    shown += (
-        rows.risky(found.rows, others, rows.garbled(found.rows, found.tokenizer)) if "risky" in asked.switches else []
-    )
+    shown += rows.risky(found.rows, others) if "risky" in asked.switches else []
     return shown or rows.spread(found.rows)

@@ -7,6 +7,7 @@ from math import inf
 from typing import Any
 
 from chatlora.data.alike import alike_lines
+from chatlora.data.leaks import EXAMPLES
 from chatlora.errors import DataError
 from chatlora.reading.hermes import HERMES
 from chatlora.reading.noted import UNREAD, Noted, Unread
@@ -64,8 +65,8 @@ class SourceAccount:
 
     set_aside, cut: `{place, reason}`, `detail` where something more is known of the row, and `lifted_by` where a chat
     template of the package was found to render it. altered: how many turns were changed, by kind: by the template
-    without losing anything, or as a setting says. remarks: by kind, how many turns are worth a word though nothing is
-    wrong with them, and one of them. replies: of all rows but those set aside for something else than their length;
+    without losing anything, or as a setting says. remarks: by kind, how many turns are worth a word though they are trained
+    as they stand, and the first rows that have such. replies: of all rows but those set aside for something else than their length;
     too_long: the `max_length` that each of them takes which is lost or cut, None where nobody measured it. not_used:
     column or key of a message -> in how many rows it holds something that nothing reads. part, left: which part of the
     source was read, where it has several, and those that were not, with how many files each (0: of the hub).
@@ -104,8 +105,10 @@ class SourceAccount:
 
     def note_remarks(self, place: str | None, remarks: Iterable[Remark]) -> None:
         for kind, detail in remarks:
-            example = {"place": place or ""} | ({"detail": detail} if detail else {})
-            self.remarks.setdefault(kind, {"turns": 0, **example})["turns"] += 1
+            found = self.remarks.setdefault(kind, {"turns": 0, "examples": []})
+            found["turns"] += 1
+            if len(found["examples"]) < EXAMPLES and place not in (one["place"] for one in found["examples"]):
+                found["examples"].append({"place": place or ""} | ({"detail": detail} if detail else {}))
 
     def note_cut(self, place: str | None, reason: str, detail: str) -> None:
         self.cut.append(entry(place, reason, detail))
@@ -189,7 +192,10 @@ def summary_lines(ledger: Mapping[str, Any]) -> list[str]:
         lines += [f"  set aside {reason}" for reason in counted(source["set_aside"])]
         lines += [f"  not whole: {reason}" for reason in counted(source["cut"])]
         lines += [f"  in {turns:,} turns {_told_altered(kind)}" for kind, turns in source["altered"].items()]
-        lines += [f"  in {one['turns']:,} turns {kind} (e.g. {_told(one)})" for kind, one in source["remarks"].items()]
+        lines += [
+            f"  in {one['turns']:,} turns {kind} (e.g. {_told(one['examples'][0])})"
+            for kind, one in source["remarks"].items()
+        ]
     lines += [_told_too_long(ledger)] if ledger["replies_too_long"] else []
     return lines + alike_lines(ledger.get("alike", {}))
 

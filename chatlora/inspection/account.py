@@ -5,13 +5,15 @@ from typing import Any
 
 from chatlora.data.alike import alike_lines
 from chatlora.data.ledger import counted
+from chatlora.rendering.remarks import EMPTY, OPENS, SPELLS_CONTROL
 
 COUNTS = ("rows_read", "rows_used", "rows_held_out", "turns", "targets", "tokens", "replies")
 # What good rows may have as well. Any other entry that says something is a fault of theirs, until it is named here.
 HARMLESS = frozenset(
     {
         *("path", "part", "left", "not_used", "max_length_for_99_percent"),
-        *("duplicates", "near_duplicates", "contradictions", "overlaps", "on_leak", "remarks"),
+        *("duplicates", "near_duplicates", "contradictions", "overlaps", "on_leak"),
+        *(EMPTY, OPENS, SPELLS_CONTROL),
         *COUNTS,
     }
 )
@@ -35,7 +37,7 @@ def faults(ledger: Mapping[str, Any]) -> list[str]:
     told = [
         f"{source['path']}: {_worded(name)}"
         for source in ledger["sources"]
-        for name, value in source.items()
+        for name, value in (source | source["remarks"] | {"remarks": {}}).items()
         if _is_fault(name, value)
     ]
     return told + [_worded(name) for name, value in _of_all(ledger, alone=True).items() if _is_fault(name, value)]
@@ -51,9 +53,9 @@ def places_named(ledger: Mapping[str, Any]) -> dict[str, str]:
     """Place of a row -> why the ledger names it, in the ledger's order."""
     found: dict[str, str] = {}
     for name, one in _entries(ledger, "ledger"):
-        reason = one.get("reason", _worded(name))
+        reason = f", {one['reason']}" if "reason" in one else ""
         detail = f": {one['detail']}" if "detail" in one else ""
-        found.setdefault(str(one["place"]), f"{_worded(name)}, {reason}{detail}")
+        found.setdefault(str(one["place"]), f"{_worded(name)}{reason}{detail}")
     return found
 
 
@@ -63,7 +65,7 @@ def _entries(value: Any, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if value.get("place"):
             yield name, value
         for key, each in value.items():
-            yield from _entries(each, key)
+            yield from _entries(each, name if key == "examples" else key)
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for each in value:
             yield from _entries(each, name)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,11 +14,6 @@ from chatlora.errors import DataError
 from chatlora.rendering.examples import Example
 
 SHOWN = 3  # rows of a choice
-MOST_DECODED = 20_000  # rows whose text is looked at
-# A lost character; control characters; UTF-8 read as Latin-1 or Windows-1252, and the same of Chinese.
-GARBLED = re.compile(
-    "\ufffd|[\x00-\x08\x0e-\x1f\x7f-\x9f]|[\xc2\xc3][\x80-\xbf]|\xe2\u20ac|[\xe4-\xe9][\xa0-\xff]{2}|锟斤拷"
-)
 _NUMBER = re.compile(r"(\d+)\]?$")
 
 
@@ -99,20 +94,17 @@ def _of_place(wanted: str) -> Callable[[str], bool]:
     return lambda place: place == wanted or place.endswith(f"/{wanted}") or place == f"{Path(wanted).absolute()}"
 
 
-def risky(rows: Rows, others: Mapping[str, str], garbled: Iterable[int]) -> list[Chosen]:
+def risky(rows: Rows, others: Mapping[str, str]) -> list[Chosen]:
     """Those that the ledger names, one for each reason, then those that look least like what was meant."""
     number_of = {place: number for number, place in enumerate(rows.places)}
     by_reason: dict[str, Chosen] = {}
     for place, why in others.items():
         by_reason.setdefault(why.split(":")[0], Chosen(place, number_of.get(place), why))
-    return [*by_reason.values(), *_suspicious(rows, garbled)]
+    return [*by_reason.values(), *_suspicious(rows)]
 
 
-def _suspicious(rows: Rows, garbled: Iterable[int]) -> Iterator[Chosen]:
-    empty = np.flatnonzero(rows.targets_per_turn <= 1)
+def _suspicious(rows: Rows) -> Iterator[Chosen]:
     looks: Sequence[tuple[str, Iterable[int]]] = (
-        ("an empty reply: only the stop token is learned", empty),
-        ("signs of a wrong encoding, or of control characters", garbled),
         ("the shortest replies", np.argsort(rows.targets_per_turn, kind="stable")),
         ("the longest replies", np.argsort(-rows.targets_per_turn, kind="stable")),
     )
@@ -122,10 +114,3 @@ def _suspicious(rows: Rows, garbled: Iterable[int]) -> Iterator[Chosen]:
         if number is not None:
             seen.add(number)
             yield Chosen(rows.place(number), number, why)
-
-
-def garbled(rows: Rows, tokenizer: Any) -> Iterator[int]:
-    """Rows whose text was most likely read in another encoding than it was written in, among the first of all rows."""
-    for number in range(min(len(rows), MOST_DECODED)):
-        if any(GARBLED.search(tokenizer.decode(example.input_ids)) for example in rows.examples(number)):
-            yield number

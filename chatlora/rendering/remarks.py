@@ -1,15 +1,21 @@
 """What a person should know of a row that is trained as it stands: told beside the turns, changed in nothing."""
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from chatlora.reading.conversation import Conversation, Message
+from chatlora.reading.encoding import wrong_encoding
 from chatlora.rendering.control_text import ControlText, is_masked
 from chatlora.rendering.turns import Turn, greeting
 
 SPELLS_CONTROL = "the text spells a control token, which stays text"
 EMPTY = "the reply is empty"
 OPENS = "the assistant speaks first, which is context only"
+GARBLED = "the text shows signs of a wrong encoding"
+NEVER_LEARNED = "a message that no model writes says that it is to be learned, which it is not"
+NO_MODEL = ("system", "user")
+UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Zs")  # Unicode's categories of what leaves no ink
 
 
 class Remark(NamedTuple):
@@ -26,6 +32,9 @@ def remarks_on(
     messages, learned = conversation.messages, {turn.index for turn in turns}
     found = [Remark(OPENS) for index in range(greeting(conversation)) if index not in learned]
     found += [Remark(EMPTY) for index in sorted(learned) if _is_empty(messages[index])]
+    found += [Remark(NEVER_LEARNED, message.role) for message in messages if message.loss and message.role in NO_MODEL]
+    signs = (next(filter(None, map(wrong_encoding, _texts(message))), None) for message in messages)
+    found += [Remark(GARBLED, sign) for sign in signs if sign]
     if is_masked(rendered) or any(is_masked(turn.reply) for turn in turns):
         words = (next(filter(None, map(text.control_in, _texts(message))), None) for message in messages)
         found += [Remark(SPELLS_CONTROL, word) for word in words if word]
@@ -33,7 +42,8 @@ def remarks_on(
 
 
 def _is_empty(message: Message) -> bool:
-    return message.role == "assistant" and not (message.content.strip() or message.reasoning or message.tool_calls)
+    shows = any(unicodedata.category(character) not in UNSEEN for character in message.content)
+    return message.role == "assistant" and not (shows or message.reasoning or message.tool_calls)
 
 
 def _texts(message: Message) -> Iterator[str]:

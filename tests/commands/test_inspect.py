@@ -74,7 +74,7 @@ def test_rows_are_found_by_number_place_length_and_risk(folder: Path, inspect: I
     assert "北京 is number 0" in inspect("rows.jsonl", "--row", "1")
     assert "── rows.jsonl:3: " in inspect("rows.jsonl", "--longest")
     risky = inspect("rows.jsonl", "--risky")
-    assert re.search(r"── rows.jsonl:10: .*an empty reply", risky)
+    assert re.search(r"── rows.jsonl:10: .*the reply is empty", risky)
     assert re.search(r"── rows.jsonl:11: .*wrong encoding", risky)
     assert re.search(r"── rows.jsonl:12: not trained \(set aside, .*\)\nuser: x\nassistant: y", risky)
     assert "── rows.jsonl:12: not trained" in inspect("rows.jsonl", "--row", "12")
