@@ -65,11 +65,12 @@ class SourceAccount:
 
     set_aside, cut: `{place, reason}`, `detail` where something more is known of the row, and `lifted_by` where a chat
     template of the package was found to render it. altered: how many turns were changed, by kind: by the template
-    without losing anything, or as a setting says. remarks: by kind, how many turns are worth a word though they are trained
-    as they stand, and the first rows that have such. replies: of all rows but those set aside for something else than their length;
-    too_long: the `max_length` that each of them takes which is lost or cut, None where nobody measured it. not_used:
-    column or key of a message -> in how many rows it holds something that nothing reads. part, left: which part of the
-    source was read, where it has several, and those that were not, with how many files each (0: of the hub).
+    without losing anything, or as a setting says. remarks: by kind, how many turns are worth a word though they are
+    trained as they stand, and the first rows that have such. replies: of all rows but those set aside for something
+    else than their length; too_long: the `max_length` that each of them takes which is lost or cut, None where nobody
+    measured it. not_used: column or key of a message -> in how many rows it holds something that nothing reads. part,
+    left: which part of the source was read, where it has several, and those that were not, with how many files each
+    (0: of the hub).
     """
 
     path: str
@@ -192,10 +193,7 @@ def summary_lines(ledger: Mapping[str, Any]) -> list[str]:
         lines += [f"  set aside {reason}" for reason in counted(source["set_aside"])]
         lines += [f"  not whole: {reason}" for reason in counted(source["cut"])]
         lines += [f"  in {turns:,} turns {_told_altered(kind)}" for kind, turns in source["altered"].items()]
-        lines += [
-            f"  in {one['turns']:,} turns {kind} (e.g. {_told(one['examples'][0])})"
-            for kind, one in source["remarks"].items()
-        ]
+        lines += [f"  {told}" for told in told_remarks(source["remarks"])]
     lines += [_told_too_long(ledger)] if ledger["replies_too_long"] else []
     return lines + alike_lines(ledger.get("alike", {}))
 
@@ -215,6 +213,10 @@ def _told_left(left: Mapping[str, int]) -> str:
 
 def _told_altered(kind: str) -> str:
     return kind if kind.startswith(BY_SETTING) else f"{kind} by the chat template"
+
+
+def told_remarks(remarks: Mapping[str, Any]) -> list[str]:
+    return [f"in {one['turns']:,} turns {kind} (e.g. {_told(one['examples'][0])})" for kind, one in remarks.items()]
 
 
 def _told_too_long(ledger: Mapping[str, Any]) -> str:

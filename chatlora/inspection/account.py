@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from chatlora.data.alike import alike_lines
-from chatlora.data.ledger import counted
+from chatlora.data.ledger import counted, told_remarks
 from chatlora.rendering.remarks import EMPTY, OPENS, SPELLS_CONTROL
 
 COUNTS = ("rows_read", "rows_used", "rows_held_out", "turns", "targets", "tokens", "replies")
@@ -26,8 +26,8 @@ def account_lines(ledger: Mapping[str, Any]) -> list[str]:
     for source in ledger["sources"]:
         counts = [f"{_worded(name)} {source[name]:,}" for name in COUNTS if source.get(name)]
         lines.append(f"{source['path']}: {', '.join(counts)}")
-        rest = {name: value for name, value in source.items() if name not in ("path", *COUNTS)}
-        lines += _told(rest, "  ")
+        rest = {name: value for name, value in source.items() if name not in ("path", "remarks", *COUNTS)}
+        lines += [*_told(rest, "  "), *(f"  {told}" for told in told_remarks(source.get("remarks", {})))]
     rest = _of_all(ledger, alone=len(ledger["sources"]) == 1)
     return [*lines, *alike_lines(rest.pop("alike", {})), *_told(rest, "")]
 
@@ -37,7 +37,7 @@ def faults(ledger: Mapping[str, Any]) -> list[str]:
     told = [
         f"{source['path']}: {_worded(name)}"
         for source in ledger["sources"]
-        for name, value in (source | source["remarks"] | {"remarks": {}}).items()
+        for name, value in (source | source.get("remarks", {}) | {"remarks": {}}).items()
         if _is_fault(name, value)
     ]
     return told + [_worded(name) for name, value in _of_all(ledger, alone=True).items() if _is_fault(name, value)]

@@ -63,11 +63,11 @@ def test_planted_rows_are_found_exactly(shared: Path, tmp_path: Path) -> None:
     assert [entry["place"] for entry in source["set_aside"]] == places[DROPS_SYSTEM]
     assert {entry["reason"] for entry in source["set_aside"]} == {DROPS_SYSTEM}
     assert {entry["detail"] for entry in source["set_aside"]} == {"message 5"}
-    assert source["remarks"] == {
-        EMPTY: {"turns": 10, "place": places[EMPTY][0]},
-        OPENS: {"turns": 10, "place": places[OPENS][0]},
-        SPELLS_CONTROL: {"turns": 10, "place": places[SPELLS_CONTROL][0], "detail": "<|im_end|>"},
+    found = source["remarks"]
+    assert {kind: (one["turns"], [each["place"] for each in one["examples"]]) for kind, one in found.items()} == {
+        kind: (10, places[kind]) for kind in (EMPTY, OPENS, SPELLS_CONTROL)
     }
+    assert {each["detail"] for each in found[SPELLS_CONTROL]["examples"]} == {"<|im_end|>"}
     assert source["turns"] == 450 - 10 + 10  # no greeting is a target, each empty reply is
     lines = "\n".join(summary_lines(data.ledger))
     for kind in (EMPTY, OPENS):

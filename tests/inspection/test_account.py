@@ -48,7 +48,7 @@ def test_a_count_that_nobody_has_heard_of_is_shown_and_a_fault() -> None:
         "  names: 2 (id, score)",
     ]
     assert faults(found) == ["a.jsonl: strange things", "a.jsonl: names"]
-    assert places_named(found) == {"a.jsonl:7": "example, example"}
+    assert places_named(found) == {"a.jsonl:7": "example"}
     together = {**ledger(), "leaks": [{"place": "a.jsonl:1", "of": "b.jsonl:2"}]}
     assert faults(together) == ["leaks"]
     assert "leaks: 1 (place a.jsonl:1 of b.jsonl:2)" in account_lines(together)
