@@ -13,8 +13,6 @@ SPELLS_CONTROL = "the text spells a control token, which stays text"
 EMPTY = "the reply is empty"
 OPENS = "the assistant speaks first, which is context only"
 GARBLED = "the text shows signs of a wrong encoding"
-NEVER_LEARNED = "a message that no model writes says that it is to be learned, which it is not"
-NO_MODEL = ("system", "user")
 UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Zs")  # Unicode's categories of what leaves no ink
 
 
@@ -32,7 +30,6 @@ def remarks_on(
     messages, learned = conversation.messages, {turn.index for turn in turns}
     found = [Remark(OPENS) for index in range(greeting(conversation)) if index not in learned]
     found += [Remark(EMPTY) for index in sorted(learned) if _is_empty(messages[index])]
-    found += [Remark(NEVER_LEARNED, message.role) for message in messages if message.loss and message.role in NO_MODEL]
     signs = (next(filter(None, map(wrong_encoding, _texts(message))), None) for message in messages)
     found += [Remark(GARBLED, sign) for sign in signs if sign]
     if is_masked(rendered) or any(is_masked(turn.reply) for turn in turns):
