@@ -17,7 +17,7 @@ from chatlora.rendering.examples import NO_REPLY_FITS, NO_TARGET_LEFT, PROMPT_TO
 from chatlora.rendering.limits import TOO_MUCH
 from chatlora.rendering.message_parts import DROPS
 from chatlora.rendering.proof import CANNOT_SPELL, FAILED
-from chatlora.rendering.remarks import Remark
+from chatlora.rendering.remarks import EMPTY, GARBLED, TEXT_SPELLS_CONTROL, Remark
 from chatlora.rendering.row_kwargs import OTHER_STOP, SPELLS_CONTROL, UNKNOWN
 from chatlora.rendering.template import RAISES
 from chatlora.rendering.thoughts import A_THOUGHT
@@ -53,6 +53,9 @@ REMEDIES = {  # by how a reason begins
     READ_AS_CONTROL: "write the rows without such words",
     FAILED: "the mistake is chatlora's, not the data's: please report one of the rows, the model and the chat template",
     NO_TARGET: "look at the roles, at `loss` in the rows, and at data.supervise",
+    GARBLED: "decode the file as what it was written in, or mend the rows",
+    TEXT_SPELLS_CONTROL: "data.control_text: token takes such words as servers do",
+    EMPTY: "a model learns to say nothing; remove such rows where that is not meant",
     SPELLS_STOP: "mend the rows, or take control words as text: data.control_text: text",
     COMES_FIRST: 'begin with a user message, or take "loss": true from the first one',
 }
@@ -157,23 +160,18 @@ def refuse_lost_sources(sources: Sequence[Mapping[str, Any]]) -> None:
         if lost - meant <= MOST_SET_ASIDE * (read - meant) and lost < read:
             continue
         which = f"all {read:,}" if lost == read else f"{lost:,} of {read:,}"
-        remedies = {_remedy(one) for one in source["set_aside"]} - {""}
         enough = _fit(source["replies"], source["too_long"])["max_length_for_99_percent"]
         told = counted(source["set_aside"])
         told += [f"max_length {enough:,} keeps 99 % of the replies"] if enough else []
-        told += sorted(remedies)
         problems.append(f"{source['path']}: {which} rows were set aside: {'; '.join(told)}")
     if problems:
         raise DataError(*problems)
 
 
-def _remedy(row: Mapping[str, str]) -> str:
-    """Of the beginnings that fit its reason, the longest knows best; empty where none does, or `_counted` has told."""
-    if LIFTED_BY in row:
-        return ""
-    reason = row["reason"]
+def _remedy(reason: str) -> str:
+    """Of the beginnings that fit it, the longest knows best; empty where none does."""
     start = max((start for start in REMEDIES if reason.startswith(start)), key=len, default=None)
-    return "" if start is None else REMEDIES[start]
+    return "" if start is None else f"; {REMEDIES[start]}"
 
 
 def summary_lines(ledger: Mapping[str, Any]) -> list[str]:
@@ -200,7 +198,7 @@ def summary_lines(ledger: Mapping[str, Any]) -> list[str]:
 
 def _told_not_used(source: Mapping[str, Any]) -> str:
     """Those that not all rows have are told with how many do: one of them may be a slip."""
-    without = sum(one["reason"] in (UNREAD, LEFT_OUT) for one in source["set_aside"])
+    without = sum(one["reason"].startswith((UNREAD, LEFT_OUT)) for one in source["set_aside"])
     found = source["not_used"].items()
     names = [name if rows == source["rows_read"] - without else f"{name} (in {rows:,})" for name, rows in found]
     more = f" and {len(names) - MOST_NOT_USED} more" if len(names) > MOST_NOT_USED else ""
@@ -216,7 +214,10 @@ def _told_altered(kind: str) -> str:
 
 
 def told_remarks(remarks: Mapping[str, Any]) -> list[str]:
-    return [f"in {one['turns']:,} turns {kind} (e.g. {_told(one['examples'][0])})" for kind, one in remarks.items()]
+    return [
+        f"in {one['turns']:,} turn{'s' * (one['turns'] != 1)} {kind} (e.g. {_told(one['examples'][0])}){_remedy(kind)}"
+        for kind, one in remarks.items()
+    ]
 
 
 def _told_too_long(ledger: Mapping[str, Any]) -> str:
@@ -227,7 +228,8 @@ def _told_too_long(ledger: Mapping[str, Any]) -> str:
 
 
 def counted(entries: Sequence[Mapping[str, str]]) -> list[str]:
-    """`12 x the template drops ... (e.g. train.jsonl:7); take ..., which renders 11 of them`, most frequent first."""
+    """`12 x the template drops ... (e.g. train.jsonl:7); take ..., which renders 11 of them`, most frequent first;
+    where nothing renders some of them, what else there is to do."""
     first: dict[str, Mapping[str, str]] = {}
     lifted: dict[str, Counter[str]] = {}
     for one in entries:
@@ -236,6 +238,7 @@ def counted(entries: Sequence[Mapping[str, str]]) -> list[str]:
     counts = Counter(one["reason"] for one in entries)
     return [
         f"{count:,} x {reason} (e.g. {_told(first[reason])}){_told_lifted(lifted[reason], count)}"
+        + ("" if lifted[reason].total() == count else _remedy(reason))
         for reason, count in counts.most_common()
     ]
 

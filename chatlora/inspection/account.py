@@ -5,7 +5,7 @@ from typing import Any
 
 from chatlora.data.alike import alike_lines
 from chatlora.data.ledger import counted, told_remarks
-from chatlora.rendering.remarks import EMPTY, OPENS, SPELLS_CONTROL
+from chatlora.rendering.remarks import EMPTY, OPENS, TEXT_SPELLS_CONTROL
 
 COUNTS = ("rows_read", "rows_used", "rows_held_out", "turns", "targets", "tokens", "replies")
 # What good rows may have as well. Any other entry that says something is a fault of theirs, until it is named here.
@@ -13,7 +13,7 @@ HARMLESS = frozenset(
     {
         *("path", "part", "left", "not_used", "max_length_for_99_percent"),
         *("duplicates", "near_duplicates", "contradictions", "overlaps", "on_leak"),
-        *(EMPTY, OPENS, SPELLS_CONTROL),
+        *(EMPTY, OPENS, TEXT_SPELLS_CONTROL),
         *COUNTS,
     }
 )
@@ -40,7 +40,9 @@ def faults(ledger: Mapping[str, Any]) -> list[str]:
         for name, value in (source | source.get("remarks", {}) | {"remarks": {}}).items()
         if _is_fault(name, value)
     ]
-    return told + [_worded(name) for name, value in _of_all(ledger, alone=True).items() if _is_fault(name, value)]
+    of_all = _of_all(ledger, alone=True)
+    of_all |= of_all.pop("alike", {})
+    return told + [_worded(name) for name, value in of_all.items() if _is_fault(name, value)]
 
 
 def _is_fault(name: str, value: Any) -> bool:

@@ -21,6 +21,11 @@ FLAGS: dict[str, bool] = {  # key of a message -> the value that means "to be le
     "masked": False,  # torchtune
 }
 EITHER_SENSE = "mask"
+# What the sentences on flags have in common.
+NOTHING_READS = "which nothing reads"
+TRUE_OR_FALSE = "it is true or false"
+SENSES = "which data sets write in both senses"
+CONTRADICT = "contradict each other; keep one"
 NO_FLAGS = {  # keys of messages whose numbers and booleans have nothing to do with what is learned
     *("id", "message_id", "parent_id", "index", "idx", "turn", "turn_id", "turn_index", "turn_identifier"),
     *("timestamp", "created", "created_at", "create_time", "update_time"),
@@ -42,7 +47,7 @@ def flags_of(turns: Sequence[Any], role_key: str, path: str, problems: list[str]
     if len(of_context) == 1:
         return {**FLAGS, EITHER_SENSE: not of_context.pop()}
     problems.append(
-        f"{path}: the turns carry {EITHER_SENSE}, which data sets write in both senses; say which with columns: "
+        f"{path}: the turns carry {EITHER_SENSE}, {SENSES}; say which with columns: "
         f"{{loss: {EITHER_SENSE}}} if true means learned, or columns: {{masked: {EITHER_SENSE}}} if it means left out"
     )
     return {**FLAGS, EITHER_SENSE: True}
@@ -59,10 +64,10 @@ def read_loss(
             said[key] = value is flags[key]
         elif fields[key] is not None:
             is_text = isinstance(fields[key], str)
-            way = "true or false, without quotes" if is_text else "true or false, 1 or 0; nothing is learned in part"
-            problems.append(f"{path}.{key} is {described(fields[key])}; it is {way}")
+            way = ", without quotes" if is_text else ", 1 or 0; nothing is learned in part"
+            problems.append(f"{path}.{key} is {described(fields[key])}; {TRUE_OR_FALSE}{way}")
     if len(set(said.values())) > 1:
-        problems.append(f"{path}: {' and '.join(sorted(said))} contradict each other; keep one")
+        problems.append(f"{path}: {' and '.join(sorted(said))} {CONTRADICT}")
         return None
     return next(iter(said.values()), None)
 
@@ -78,7 +83,7 @@ def report_unknown_flags(
     for key in fields.keys() - read - NO_FLAGS:
         if isinstance(fields[key], (bool, int, float)):
             problems.append(
-                f"{path}.{key} is {described(fields[key])}, which nothing reads: if it says what is learned, name it "
+                f"{path}.{key} is {described(fields[key])}, {NOTHING_READS}: if it says what is learned, name it "
                 f"with columns: {{loss: {key}}} (true is learned) or {{masked: {key}}} (true is not); if not, with "
                 f"ignore: [{key}]"
             )

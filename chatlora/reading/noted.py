@@ -4,7 +4,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from chatlora.reading.flags import CONTRADICT, NOTHING_READS, SENSES, TRUE_OR_FALSE
+from chatlora.reading.streams import NOT_UTF8
+
 UNREAD = "the row cannot be read"
+KINDS = {  # what a problem says -> how the reason goes on, so that rows of one kind are counted together
+    **dict.fromkeys((TRUE_OR_FALSE, SENSES, CONTRADICT), ": its flags do not say what is learned"),
+    NOTHING_READS: ": it has a flag that nothing reads",
+    NOT_UTF8: ": it is not UTF-8",
+}
 MOST_NAMES = 1_000  # that are counted of a source: keys of objects may be data
 
 
@@ -14,6 +22,10 @@ class Unread(NamedTuple):
     place: str
     problem: str
     reason: str = UNREAD
+
+
+def reason_of(problem: str) -> str:
+    return UNREAD + next((more for words, more in KINDS.items() if words in problem), "")
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from chatlora.reading.arrow import cleaner_of
 from chatlora.reading.conversation import Conversation, Message
 from chatlora.reading.files import ENDINGS, READERS, cleaned_row, reader_of
 from chatlora.reading.formats import read_row
-from chatlora.reading.noted import Noted, Unread
+from chatlora.reading.noted import Noted, Unread, reason_of
 from chatlora.reading.own_reader import LEFT_OUT, OwnReader, own_reader, sha256_of_reader
 from chatlora.reading.parts import Chosen, choose, files_in, part_of
 from chatlora.reading.streams import NOT_READ, PACKED, BadRow, Rows, unreadable
@@ -78,7 +78,8 @@ def read_conversations(
             except DataError as error:
                 found = list(error.problems)
         if found and set_aside is not None and not ends:
-            set_aside.append(Unread(place, "; ".join(problem.removeprefix(f"{place}: ") for problem in found)))
+            problem = "; ".join(each.removeprefix(f"{place}: ") for each in found)
+            set_aside.append(Unread(place, problem, reason_of(problem)))
         else:
             problems += found
             any_to_leave_out |= bool(found) and not ends

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, cast
 UTF8_BOM = b"\xef\xbb\xbf"
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 UTF16 = "the file is UTF-16; convert it with: iconv -f UTF-16 -t UTF-8"
+NOT_UTF8 = "not UTF-8"
 PIECE = 1 << 16  # bytes read at a time
 NOT_READ = (OSError, EOFError, lzma.LZMAError, zlib.error)  # what reading a file raises, packed or not
 
@@ -66,7 +67,7 @@ def unreadable(path: Path, error: Exception) -> BadRow:
 
 
 def not_utf8(byte: int, reason: str, *, could_be_gb18030: bool) -> str:
-    problem = f"not UTF-8 (byte 0x{byte:02x}, {reason})"
+    problem = f"{NOT_UTF8} (byte 0x{byte:02x}, {reason})"
     if could_be_gb18030:
         return f"{problem}; it could be GB18030: convert the file with: iconv -f GB18030 -t UTF-8"
     return f"{problem}; convert the file to UTF-8"

@@ -9,7 +9,7 @@ from chatlora.reading.encoding import wrong_encoding
 from chatlora.rendering.control_text import ControlText, is_masked
 from chatlora.rendering.turns import Turn, greeting
 
-SPELLS_CONTROL = "the text spells a control token, which stays text"
+TEXT_SPELLS_CONTROL = "the text spells a control token, which stays text"
 EMPTY = "the reply is empty"
 OPENS = "the assistant speaks first, which is context only"
 GARBLED = "the text shows signs of a wrong encoding"
@@ -34,7 +34,7 @@ def remarks_on(
     found += [Remark(GARBLED, sign) for sign in signs if sign]
     if is_masked(rendered) or any(is_masked(turn.reply) for turn in turns):
         words = (next(filter(None, map(text.control_in, _texts(message))), None) for message in messages)
-        found += [Remark(SPELLS_CONTROL, word) for word in words if word]
+        found += [Remark(TEXT_SPELLS_CONTROL, word) for word in words if word]
     return tuple(found)
 
 

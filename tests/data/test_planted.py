@@ -12,7 +12,7 @@ from typing import Any
 from chatlora.config import DataConfig
 from chatlora.data.dataset import PreparedData, prepare_training_data, summary_lines
 from chatlora.data.evaluation_set import prepare_evaluation_data
-from chatlora.rendering.remarks import EMPTY, OPENS, SPELLS_CONTROL
+from chatlora.rendering.remarks import EMPTY, OPENS, TEXT_SPELLS_CONTROL
 from chatlora.rendering.renderer import Renderer
 from tests.rendering.test_chat_templates import TEMPLATES, tokenizer_of
 
@@ -21,7 +21,7 @@ DROPS_SYSTEM = "the chat template drops a system message"
 PLANTED: dict[str, Callable[[Row], Row]] = {
     EMPTY: lambda row: [*row, row[0], {"role": "assistant", "content": ""}],
     OPENS: lambda row: [{"role": "assistant", "content": "Hello!"}, *row],
-    SPELLS_CONTROL: lambda row: [{"role": "user", "content": "What does <|im_end|> do?"}, *row[1:]],
+    TEXT_SPELLS_CONTROL: lambda row: [{"role": "user", "content": "What does <|im_end|> do?"}, *row[1:]],
     DROPS_SYSTEM: lambda row: (  # the empty one says nothing, and may go
         [{"role": "system", "content": row[0]["content"]}, *row]
         + [{"role": "system", "content": text} for text in ("", row[0]["content"])]
@@ -65,14 +65,14 @@ def test_planted_rows_are_found_exactly(shared: Path, tmp_path: Path) -> None:
     assert {entry["detail"] for entry in source["set_aside"]} == {"message 5"}
     found = source["remarks"]
     assert {kind: (one["turns"], [each["place"] for each in one["examples"]]) for kind, one in found.items()} == {
-        kind: (10, places[kind]) for kind in (EMPTY, OPENS, SPELLS_CONTROL)
+        kind: (10, places[kind]) for kind in (EMPTY, OPENS, TEXT_SPELLS_CONTROL)
     }
-    assert {each["detail"] for each in found[SPELLS_CONTROL]["examples"]} == {"<|im_end|>"}
+    assert {each["detail"] for each in found[TEXT_SPELLS_CONTROL]["examples"]} == {"<|im_end|>"}
     assert source["turns"] == 450 - 10 + 10  # no greeting is a target, each empty reply is
     lines = "\n".join(summary_lines(data.ledger))
     for kind in (EMPTY, OPENS):
         assert f"  in 10 turns {kind} (e.g. {places[kind][0]})" in lines
-    assert f"  in 10 turns {SPELLS_CONTROL} (e.g. {places[SPELLS_CONTROL][0]}: <|im_end|>)" in lines
+    assert f"  in 10 turns {TEXT_SPELLS_CONTROL} (e.g. {places[TEXT_SPELLS_CONTROL][0]}: <|im_end|>)" in lines
     assert prepared(tmp_path, path).ledger == data.ledger, "kept with the rendered rows"
 
 

@@ -1,6 +1,6 @@
 """Ten rows of each of eleven faults among clean real ones: each is named for what it is, and no clean one is.
 
-Run: pytest tests/inspection/test_planted.py; -m slow takes 2,000 clean rows.
+Run: pytest tests/inspection/test_planted_faults.py; -m slow takes 2,000 clean rows.
 """
 
 import random
