@@ -24,7 +24,7 @@ with what it learns in colour (without colours: between ⟦ and ⟧). Loads no m
   --row N          show row N of each source; FILE:N for one of them
   --longest        show the longest rows
   --risky          show the rows that are most likely not what was meant
-  --strict         exit status 1 if anything was set aside, cut, altered or leaked"""
+  --strict         exit status 1 if anything was set aside, cut, altered, leaked or wrongly decoded"""
 SWITCHES = ("longest", "risky", "strict")
 
 

@@ -45,7 +45,7 @@ def show_lengths(console: Console, lengths: Lengths, data: DataConfig) -> None:
     console.print(grid)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("max_length", "rows that lose", "targets lost", ""):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=bool(column))
     for limit in lengths.limits(data.max_length):
         rows, targets = lengths.lost(limit, data.over_length)
         share = f"{100 * targets / max(1, lengths.num_targets):.1f} %"

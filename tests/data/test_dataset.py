@@ -19,11 +19,13 @@ from chatlora.data.dataset import (
     prepare_training_data,
     summary_lines,
 )
+from chatlora.data.ledger import REMEDIES
 from chatlora.data.store import EXAMPLES, RECORD
 from chatlora.errors import DataError
 from chatlora.reading.sources import read_conversations
 from chatlora.rendering.examples import IGNORE_INDEX
 from chatlora.rendering.renderer import Renderer
+from chatlora.rendering.turns import NO_TARGET
 from tests.tiny_tokenizers import QWEN3, THINK_TOKENS, TOOL_TOKENS, tiny_tokenizer
 
 PLAIN = Renderer(tiny_tokenizer())
@@ -330,7 +332,7 @@ def test_rows_without_a_target_are_set_aside_by_name(tmp_path: Path) -> None:
     assert source["rows_used"] == 3
     assert summary_lines(data.ledger) == [
         f"{path}: 6 rows, 3 set aside; 3 turns, {source['targets']} targets in {source['tokens']} tokens",
-        f"  set aside 3 x no assistant message is a target (e.g. {path}:4)",
+        f"  set aside 3 x no assistant message is a target (e.g. {path}:4); {REMEDIES[NO_TARGET]}",
         f"2 training rows repeat an earlier one (e.g. {path}:2 and {path}:1)",
     ]
 
@@ -373,7 +375,7 @@ def test_the_remedy_for_long_rows_is_none_that_is_in_force(tmp_path: Path, mode:
     path = write_rows(tmp_path / "t.jsonl", 3)
     with pytest.raises(DataError) as caught:
         prepare(tmp_path, train=path, max_length=3, over_length=mode)
-    assert str(caught.value).endswith(f"; {remedy}")
+    assert f"; {remedy}; max_length" in str(caught.value)
     enough = int(re.search(r"max_length (\d+) keeps 99 % of the replies", str(caught.value))[1])  # type: ignore[index]
     assert prepare(tmp_path, train=path, max_length=enough, over_length=mode).ledger["replies_too_long"] == 0
     with pytest.raises(DataError):

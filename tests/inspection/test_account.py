@@ -64,4 +64,4 @@ def test_what_is_alike_is_shown_and_only_leaks_are_faults() -> None:
     assert told[0].startswith("2 training rows repeat an earlier one")
     assert not [line for line in account_lines(found) if "several answers" in line]
     assert faults(found) == []
-    assert faults({**found, "alike": {**alike, "leaks": {"test": {"rows": 1}}}}) == ["alike"]
+    assert faults({**found, "alike": {**alike, "leaks": {"test": {"rows": 1}}}}) == ["leaks"]

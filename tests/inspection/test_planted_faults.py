@@ -22,6 +22,11 @@ CONFIG = """\
 model: {name_or_path: model}
 data: {train: [first.jsonl, second.jsonl], validation: held_out.jsonl, max_length: 8192, over_length: cut}
 """
+DO = (  # what `inspect` says is to be done
+    *("data.on_bad_row: error tells all", "take model.chat_template embedded:", "raise data.max_length"),
+    *("data.control_text: token takes", "decode the file as", "a model learns to say nothing"),
+    *("ignore: [chat_template_kwargs]", "data.on_leak: drop leaves", "look at the roles"),
+)
 SET_ASIDE = ("--data.on_bad_row", "set_aside")
 NAMED = {  # kind -> how it is named, in the ledger
     "broken mask": r"(weight|train|loss|loss_mask|train_on_turn) is |contradict each other|both senses"
@@ -74,11 +79,14 @@ def found_exactly(
     assert [source["rows_read"] for source in ledger["sources"]] == [number // 2, number // 2, len(rows.held_out)]
     assert list(named(ledger)) == []
 
+    capsys.readouterr()
     places = write_among(folder, rows.clean, planted(rows, rng), rng)
     assert len(places) == 110
     with pytest.raises(SystemExit) as left:
         dispatch(["inspect", "my.yaml", "--strict", *SET_ASIDE])
     assert left.value.code == 1
+    told = capsys.readouterr().out
+    assert [remedy for remedy in DO if remedy not in told] == []
     ledger = inspected(parse(["my.yaml", *SET_ASIDE]).loaded.config, print).data.ledger
     found: dict[str, set[str]] = {}
     for place, words in named(ledger):
