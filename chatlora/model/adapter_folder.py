@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
-from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -29,6 +28,7 @@ from chatlora.distributed.zero3 import is_sharded
 from chatlora.errors import ModelError
 from chatlora.model.attention import PACKED
 from chatlora.model.lora import without_false_alarms
+from chatlora.model.scales import adapted_layers, folded, one_scale
 from chatlora.rendering.examples import Example
 
 WEIGHTS = "adapter_model.safetensors"
@@ -52,9 +52,16 @@ def names_from_checkpoint(base: PreTrainedModel) -> dict[str, str]:
 
 
 def save_adapter(model: PeftModel, weights: Tensors, folder: Path) -> None:
-    """Write a PEFT adapter from full tensors by parameter name, as `trainable` names them, under served names."""
+    """Write a PEFT adapter from full tensors by parameter name, as `trainable` names them.
+
+    Under served names, and at one rank and one scale: alpha / r of the file, whatever it was in training.
+    """
     # PEFT would reach for the hub to learn whether the embeddings were resized; they never are here.
-    model.save_pretrained(folder, state_dict=dict(weights), save_embedding_layers=False)
+    model.save_pretrained(folder, state_dict=folded(model, weights), save_embedding_layers=False)
+    settings = PeftConfig.from_pretrained(str(folder))
+    settings.r, settings.lora_alpha = one_scale(model)
+    settings.use_rslora, settings.rank_pattern = False, {}
+    settings.save_pretrained(str(folder))
     ours, theirs = (f"{PEFT_PREFIX}{prefix}." for prefix in _prefixes(model.get_base_model()))
     if ours != theirs:
         tensors = load_file(folder / WEIGHTS)
@@ -164,11 +171,12 @@ def _wrong_effect(model: PeftModel, weights: Tensors, folder: Path) -> str | Non
         if incomplete:
             return incomplete
         tensors = dict(model.named_parameters())
-        for name, tensor in weights.items():
+        for name, tensor in folded(model, weights).items():
             if not torch.equal(tensors[name.replace(".default", f".{REOPENED}")].cpu(), tensor.cpu()):
                 return f"{name} is another tensor once it is opened again"
-        for name, module in model.named_modules():
-            if isinstance(module, BaseTunerLayer) and module.scaling["default"] != module.scaling[REOPENED]:
+        rank, alpha = one_scale(model)
+        for name, layer in adapted_layers(model).items():
+            if layer.scaling[REOPENED] != alpha / rank:
                 return f"{name} has another scale once it is opened again"
         adapted = _logits(model)
         with model.disable_adapter():

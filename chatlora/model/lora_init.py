@@ -1,5 +1,7 @@
 """`lora.init_from`: an adapter to go on from, as the first weights of a new one of the same shape."""
 
+import math
+
 from peft import LoraConfig as PeftLoraConfig
 from peft import (
     PeftConfig,
@@ -15,6 +17,7 @@ from chatlora.errors import ModelError
 from chatlora.model.adapter_folder import WEIGHTS, names_from_checkpoint
 from chatlora.model.folder import find_adapter
 from chatlora.model.lora import kind_of, without_false_alarms
+from chatlora.model.scales import Tensors, one_scale, one_scale_in, unfolded
 
 
 def start_from(model: PeftModel, lora: LoraConfig) -> None:
@@ -26,7 +29,14 @@ def start_from(model: PeftModel, lora: LoraConfig) -> None:
     adapter = find_adapter(lora.init_from)
     mapping = names_from_checkpoint(model.get_base_model())
     tensors = load_peft_weights(str(adapter), device="cpu", key_mapping=mapping or None)
-    problems = _other_settings(model, PeftConfig.from_pretrained(str(adapter)))
+    settings = PeftConfig.from_pretrained(str(adapter))
+    problems = _other_settings(model, settings, tensors)
+    if not problems:
+        assert isinstance(settings, PeftLoraConfig)
+        try:
+            tensors = unfolded(model, tensors, settings)
+        except ValueError as error:
+            problems = [str(error)]
     problems = problems or _other_layers(model, {name: list(tensor.shape) for name, tensor in tensors.items()})
     if problems:
         raise ModelError(*(f"lora.init_from: {adapter} does not fit: {problem}" for problem in problems))
@@ -41,17 +51,21 @@ def init_fingerprint(lora: LoraConfig) -> str | None:
     return f"sha256:{sha256_of(find_adapter(lora.init_from) / WEIGHTS)}"
 
 
-def _other_settings(model: PeftModel, there: PeftConfig) -> list[str]:
+def _other_settings(model: PeftModel, there: PeftConfig, tensors: Tensors) -> list[str]:
     here = model.peft_config["default"]
     if not isinstance(there, PeftLoraConfig) or there.use_dora:
         return ["it is no plain LoRA adapter"]
-    variant = {True: "rslora", False: None}
-    compared = {
-        "rank": (here.r, there.r),
-        "alpha": (here.lora_alpha, there.lora_alpha),
-        "variant": (variant[here.use_rslora], variant[there.use_rslora]),
-    }
-    return [f"lora.{name} is {mine}, but {theirs} there" for name, (mine, theirs) in compared.items() if mine != theirs]
+    rank, alpha = one_scale(model)
+    theirs = one_scale_in(model, tensors, there)
+    if theirs is None:
+        return []  # no layer in common
+    problems = [f"lora.rank is {here.r}, but {theirs[0]} there"] if rank != theirs[0] else []
+    mine, other = alpha / rank, theirs[1] / theirs[0]
+    if not problems and not math.isclose(mine, other, rel_tol=1e-9):
+        needed = other * (math.sqrt(rank) if here.use_rslora else rank)
+        variant = " for lora.variant rslora" if here.use_rslora else ""
+        problems.append(f"lora.alpha is {here.lora_alpha}, but {needed}{variant} there")
+    return problems
 
 
 def _other_layers(model: PeftModel, found: dict[str, list[int]]) -> list[str]:

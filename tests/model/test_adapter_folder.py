@@ -219,7 +219,7 @@ def test_init_from_starts_where_the_other_adapter_ended(family: str, tmp_path: P
     [
         ({"rank": 8}, "does not fit: lora.rank is 8, but 4 there"),
         ({"alpha": 4}, "does not fit: lora.alpha is 4.0, but 8.0 there"),
-        ({"variant": "rslora"}, "does not fit: lora.variant is rslora, but None there"),
+        ({"variant": "rslora"}, "does not fit: lora.alpha is 8.0, but 4.0 for lora.variant rslora there"),
         (
             {"target_modules": ("q_proj", "lm_head")},
             "reaches lm_head besides, and not down_proj, gate_proj, up_proj, k_proj, o_proj, v_proj",
