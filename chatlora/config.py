@@ -27,6 +27,7 @@ Reasoning = Literal["auto", "field", "text", "drop"]
 ControlWords = Literal["text", "token"]
 BestBy = Literal["first", "mean"]
 Style = Literal["chatlora", "chatglm3"]
+ExpertFormat = Literal["auto", "stacked", "per_expert"]
 Precision = Literal["auto", "bf16", "fp32"]
 
 
@@ -55,6 +56,10 @@ class LoraConfig(Section):
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping an input of the adapter")
     target_modules: str | tuple[str, ...] = Field("all-linear", description="all-linear, module names, or a regex")
+    expert_format: ExpertFormat = Field(
+        "auto",
+        description="adapters on experts: stacked, or a tensor for each expert; auto: what the family's servers take",
+    )
     init_from: Path | None = Field(
         None, description="an adapter or run directory to go on from, with new moments; null: a fresh adapter"
     )
@@ -208,6 +213,7 @@ FREE_SETTINGS = frozenset(
         "evaluation.max_prompt_length",
         "evaluation.max_tokens_per_batch",
         "evaluation.style",
+        "lora.expert_format",  # how what was learned is written
         "model.chat_template_date",  # fixed by the run's first day
         "model.gradient_checkpointing",
         "optim.max_tokens_per_micro_batch",

@@ -15,18 +15,26 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from pydantic import ValidationError
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from chatlora.config import ModelConfig
+from chatlora.config import ExpertFormat, ModelConfig
 from chatlora.data.collate import pack
 from chatlora.data.loader import to_device
 from chatlora.distributed.zero3 import is_sharded
 from chatlora.errors import ModelError
 from chatlora.model.attention import PACKED
+from chatlora.model.experts import expert_names, is_per_expert, split, stacked
 from chatlora.model.lora import without_false_alarms
 from chatlora.model.scales import adapted_layers, folded, one_scale
 from chatlora.rendering.examples import Example
@@ -51,22 +59,44 @@ def names_from_checkpoint(base: PreTrainedModel) -> dict[str, str]:
     return {} if ours == theirs else {rf"^{re.escape(theirs)}\.": f"{ours}."}
 
 
-def save_adapter(model: PeftModel, weights: Tensors, folder: Path) -> None:
+def read_adapter(base: PreTrainedModel, folder: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """An adapter's settings and tensors for PEFT, under the names in `base`, with experts stacked as they are there."""
+    tensors = load_peft_weights(str(folder), device="cpu", key_mapping=names_from_checkpoint(base) or None)
+    settings = PeftConfig.from_pretrained(str(folder))
+    settings.inference_mode = True
+    return stacked(settings, tensors, expert_names(base)) if isinstance(settings, LoraConfig) else (settings, tensors)
+
+
+def put_on(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """The base with the adapter in `folder` on it, frozen, in fp32: as PEFT opens it, in whichever form it is."""
+    settings, tensors = read_adapter(base, folder)
+    with without_false_alarms():
+        model = get_peft_model(base, settings)
+        set_peft_model_state_dict(model, tensors)
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def save_adapter(model: PeftModel, weights: Tensors, folder: Path, expert_format: ExpertFormat = "auto") -> None:
     """Write a PEFT adapter from full tensors by parameter name, as `trainable` names them.
 
     Under served names, and at one rank and one scale: alpha / r of the file, whatever it was in training.
     """
+    base = model.get_base_model()
     # PEFT would reach for the hub to learn whether the embeddings were resized; they never are here.
     model.save_pretrained(folder, state_dict=folded(model, weights), save_embedding_layers=False)
-    settings = PeftConfig.from_pretrained(str(folder))
+    settings, tensors = PeftConfig.from_pretrained(str(folder)), load_file(folder / WEIGHTS)
+    assert isinstance(settings, LoraConfig)
     settings.r, settings.lora_alpha = one_scale(model)
-    settings.use_rslora, settings.rank_pattern = False, {}
+    settings.use_rslora, settings.rank_pattern, settings.alpha_pattern = False, {}, {}
+    names = expert_names(base)
+    if names is not None and is_per_expert(base, expert_format):
+        settings, tensors = split(settings, tensors, names)
     settings.save_pretrained(str(folder))
-    ours, theirs = (f"{PEFT_PREFIX}{prefix}." for prefix in _prefixes(model.get_base_model()))
+    ours, theirs = (f"{PEFT_PREFIX}{prefix}." for prefix in _prefixes(base))
     if ours != theirs:
-        tensors = load_file(folder / WEIGHTS)
-        renamed = {name.replace(ours, theirs, 1) if name.startswith(ours) else name: t for name, t in tensors.items()}
-        save_file(renamed, folder / WEIGHTS, metadata={"format": "pt"})
+        tensors = {name.replace(ours, theirs, 1) if name.startswith(ours) else name: t for name, t in tensors.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def save_template_settings(folder: Path, chat_template_kwargs: Mapping[str, Any], day: date | None) -> None:
@@ -130,19 +160,18 @@ def why_not_fitting(base: PreTrainedModel, folder: Path) -> str | None:
     """
     with torch.device("meta"):
         skeleton = type(base)(base.config)
-    found = load_peft_weights(str(folder), device="cpu", key_mapping=names_from_checkpoint(base) or None)
-    return _compared({name: list(tensor.shape) for name, tensor in found.items()}, skeleton, folder)
+    return _compared(skeleton, *read_adapter(base, folder))
 
 
 def _wrong_names(base: PreTrainedModel, folder: Path) -> str | None:
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    return _compared(found, _skeleton(base), folder)
+    skeleton = _skeleton(base)
+    return _compared(skeleton, *read_adapter(skeleton, folder))
 
 
-def _compared(found: Mapping[str, list[int]], skeleton: PreTrainedModel, folder: Path) -> str | None:
-    """What is wrong with tensors of these names and shapes, as the adapter in `folder` on `skeleton`."""
-    served, settings = type(skeleton).__name__, PeftConfig.from_pretrained(str(folder))
+def _compared(skeleton: PreTrainedModel, settings: PeftConfig, tensors: Tensors) -> str | None:
+    """What is wrong with an adapter of these settings and tensors on `skeleton`."""
+    served = type(skeleton).__name__
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
     settings.base_model_name_or_path = None  # PEFT warns where it is another name than the skeleton's, which has none
     with torch.device("meta"), without_false_alarms():
         opened = get_peft_model(skeleton, settings, low_cpu_mem_usage=True)
@@ -189,11 +218,18 @@ def _opened_again(model: PeftModel, folder: Path) -> Iterator[str | None]:
     """The saved adapter on the same base, active within, beside the trained one. Yields what it lacks."""
     was_training = model.training
     model.eval()
-    mapping = names_from_checkpoint(model.get_base_model())
+    settings, tensors = read_adapter(model.get_base_model(), folder)
+    assert isinstance(settings, LoraConfig)
+    here = model.peft_config["default"]
+    assert isinstance(here, LoraConfig)
+    # PEFT compares how the two adapters name their tensors, and the same ones have long and short names.
+    settings.target_parameters = here.target_parameters
     with without_false_alarms():
-        result = model.load_adapter(folder, REOPENED, torch_device=str(model.device), key_mapping=mapping or None)
+        model.add_adapter(REOPENED, settings)
+        result = set_peft_model_state_dict(model, tensors, REOPENED)
     model.set_adapter(REOPENED)
-    lacking = [*result.missing_keys, *result.unexpected_keys]
+    missing = [name for name in result.missing_keys if f".{REOPENED}" in name]
+    lacking = [*missing, *result.unexpected_keys]
     try:
         yield f"PEFT finds no place or no value for {lacking[0]}" if lacking else None
     finally:

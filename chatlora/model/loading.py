@@ -21,9 +21,8 @@ from transformers.utils import logging
 from chatlora.config import DataConfig, ModelConfig
 from chatlora.errors import ModelError
 from chatlora.hub import why_unreachable
-from chatlora.model.adapter_folder import names_from_checkpoint, why_not_fitting
+from chatlora.model.adapter_folder import put_on, why_not_fitting
 from chatlora.model.folder import fault_in_folder, find_adapter, is_adapter, locate, refuse_no_model
-from chatlora.model.lora import without_false_alarms
 from chatlora.rendering.completion import embedded_template
 from chatlora.rendering.embedded import embedded_name
 from chatlora.rendering.renderer import Renderer
@@ -124,7 +123,6 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
 
     Raises ModelError where a tensor of the adapter has no place in this model, or a place gets none.
     """
-    mapping = names_from_checkpoint(base)
     try:
         fault = why_not_fitting(base, adapter)
     except (ValueError, KeyError, TypeError) as error:  # of PEFT: settings that this model cannot meet
@@ -135,9 +133,7 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
             f"the adapter {adapter} does not belong to the model {base.name_or_path}: {fault}. It was trained on "
             f"{trained_on}; give that as the model"
         )
-    with without_false_alarms():
-        model = PeftModel.from_pretrained(base, str(adapter), is_trainable=False, key_mapping=mapping or None)
-    return model.eval()
+    return put_on(base, adapter).eval()
 
 
 def refuse_ids_without_row(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, largest_id: int) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from chatlora.config import LoraConfig
 from chatlora.distributed.zero3 import num_elements
 from chatlora.errors import ModelError
+from chatlora.model.experts import is_per_expert
 from chatlora.model.targets import WRAPPED, adaptable_layers, find_targets
 
 
@@ -32,6 +33,8 @@ def add_lora(base: PreTrainedModel, lora: LoraConfig, seed: int, revision: str |
             f"lora.dropout is {lora.dropout:g}, but PEFT cannot drop inputs of adapters on stacked experts: set it to "
             f"0, or lora.target_modules to layers that are none of {', '.join(targets.parameters)}"
         )
+    if targets.expert_parameters:
+        is_per_expert(base, lora.expert_format)  # what cannot be written is told before it is trained
     # A token goes through several experts, each with an adapter of its own: together they have the rank that was asked
     # for (https://thinkingmachines.ai/blog/lora/).
     rank = max(1, lora.rank // targets.active_experts)

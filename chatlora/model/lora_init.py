@@ -7,14 +7,13 @@ from peft import (
     PeftConfig,
     PeftModel,
     get_peft_model_state_dict,
-    load_peft_weights,
     set_peft_model_state_dict,
 )
 
 from chatlora.config import LoraConfig
 from chatlora.disk import sha256_of
 from chatlora.errors import ModelError
-from chatlora.model.adapter_folder import WEIGHTS, names_from_checkpoint
+from chatlora.model.adapter_folder import WEIGHTS, read_adapter
 from chatlora.model.folder import find_adapter
 from chatlora.model.lora import kind_of, without_false_alarms
 from chatlora.model.scales import Tensors, one_scale, one_scale_in, unfolded
@@ -27,9 +26,7 @@ def start_from(model: PeftModel, lora: LoraConfig) -> None:
     """
     assert lora.init_from is not None
     adapter = find_adapter(lora.init_from)
-    mapping = names_from_checkpoint(model.get_base_model())
-    tensors = load_peft_weights(str(adapter), device="cpu", key_mapping=mapping or None)
-    settings = PeftConfig.from_pretrained(str(adapter))
+    settings, tensors = read_adapter(model.get_base_model(), adapter)
     problems = _other_settings(model, settings, tensors)
     if not problems:
         assert isinstance(settings, PeftLoraConfig)

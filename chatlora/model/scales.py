@@ -1,9 +1,9 @@
-"""One scale for a whole adapter: what a server that knows `lora_alpha / r` and nothing else computes is what was trained.
+"""One scale for a whole adapter: right for a server that knows `lora_alpha / r` and nothing else.
 
-In training, modules differ: experts have a share of the rank, rslora divides by its root. Servers read that unequally:
-SGLang takes alpha / r of the file for every module (sgl-project/sglang#40835), older vLLM too, llama.cpp divides by each
-tensor's own rank, and `use_rslora` is known to PEFT and newer vLLM alone. Only where all modules have one rank, and the
-scale is alpha over it, are all of them right. So lower ranks are filled up with zeros, and other scales go into B.
+In training, modules differ: experts have a share of the rank, and rslora divides by its root. Servers read that
+unequally. SGLang takes alpha / r of the file for every module (sgl-project/sglang#40835), as older vLLM does; llama.cpp
+divides by each tensor's own rank; `use_rslora` is known to PEFT and vLLM alone. All of them are right only where all
+modules have one rank and the scale is alpha over it: lower ranks are filled up with zeros, other scales go into B.
 
 Weights: [r * experts, in] for A and [out, r * experts] for B, as PEFT has them; experts is 1 for a layer.
 """

@@ -49,7 +49,7 @@ def export_adapter(
         """A PEFT adapter that is whole when it appears."""
         base = adapted.get_base_model()
         with written_beside(folder) as beside:
-            save_adapter(adapted, weights, beside)
+            save_adapter(adapted, weights, beside, config.lora.expert_format)
             if config.model.chat_template is not None:
                 tokenizer.chat_template = renderer.chat_template
             tokenizer.save_pretrained(beside)
