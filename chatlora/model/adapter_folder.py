@@ -26,6 +26,7 @@ from peft import (
 )
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from torch.func import functional_call
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from chatlora.config import ExpertFormat, ModelConfig
@@ -37,6 +38,7 @@ from chatlora.model.attention import PACKED
 from chatlora.model.experts import expert_names, is_per_expert, split, stacked
 from chatlora.model.lora import without_false_alarms
 from chatlora.model.scales import adapted_layers, folded, one_scale
+from chatlora.model.serving_rule import served, too_far, why_base_moved
 from chatlora.rendering.examples import Example
 
 WEIGHTS = "adapter_model.safetensors"
@@ -89,6 +91,7 @@ def save_adapter(model: PeftModel, weights: Tensors, folder: Path, expert_format
     assert isinstance(settings, LoraConfig)
     settings.r, settings.lora_alpha = one_scale(model)
     settings.use_rslora, settings.rank_pattern, settings.alpha_pattern = False, {}, {}
+    settings.init_lora_weights = True  # another one would be done again, to the base, by whoever opens the adapter
     names = expert_names(base)
     if names is not None and is_per_expert(base, expert_format):
         settings, tensors = split(settings, tensors, names)
@@ -142,14 +145,20 @@ def why_not_served(model: PeftModel, weights: Tensors, folder: Path, autocast_dt
     """None if the adapter in `folder` is `weights` for whoever opens it, else what is wrong with it: half a sentence.
 
     Its names and shapes are those that PEFT gives the served class, built without memory. PEFT opens it a second time
-    on the loaded base, where it must hold the same tensors at the same scale and change the logits; this needs a model
-    that is whole on this process, and is left out where an engine has spread it.
+    on the loaded base, where it must hold the same tensors at the same scale and change the logits; and the base that
+    the checkpoint holds, plus B A alpha / r, must have the logits of training (`too_far`). Both need a model that is
+    whole on this process, and are left out where an engine has spread it.
     """
     fault = _wrong_names(model.get_base_model(), folder) or _wrong_values(weights)
     if fault or not all(_is_whole(parameter) for parameter in model.parameters()):
         return fault
-    with torch.no_grad(), torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None):
-        return _wrong_effect(model, weights, folder)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            return _wrong_effect(model, weights, folder)
+    finally:
+        model.train(was_training)
 
 
 def why_not_fitting(base: PreTrainedModel, folder: Path) -> str | None:
@@ -207,17 +216,23 @@ def _wrong_effect(model: PeftModel, weights: Tensors, folder: Path) -> str | Non
         for name, layer in adapted_layers(model).items():
             if layer.scaling[REOPENED] != alpha / rank:
                 return f"{name} has another scale once it is opened again"
-        adapted = _logits(model)
-        with model.disable_adapter():
-            alone = _logits(model)
-    return "it changes no logit" if torch.equal(adapted, alone) else None
+    trained = _logits(model, weights)
+    with model.disable_adapter():
+        alone = _logits(model)
+    if torch.equal(trained, alone):
+        return "it changes no logit"
+    settings, tensors = read_adapter(model.get_base_model(), folder)
+    assert isinstance(settings, LoraConfig)
+    with served(model, settings, tensors):
+        apart = too_far(_logits(model), trained, alone)
+    if apart is not None:
+        return f"a server's logits, of the base plus B A alpha / r, are {apart:.1e} from those of training"
+    return why_base_moved(model.get_base_model())
 
 
 @contextmanager
 def _opened_again(model: PeftModel, folder: Path) -> Iterator[str | None]:
     """The saved adapter on the same base, active within, beside the trained one. Yields what it lacks."""
-    was_training = model.training
-    model.eval()
     settings, tensors = read_adapter(model.get_base_model(), folder)
     assert isinstance(settings, LoraConfig)
     here = model.peft_config["default"]
@@ -235,14 +250,16 @@ def _opened_again(model: PeftModel, folder: Path) -> Iterator[str | None]:
     finally:
         model.set_adapter("default")
         model.delete_adapter(REOPENED)
-        model.train(was_training)
 
 
-def _logits(model: PeftModel) -> torch.Tensor:
+def _logits(model: PeftModel, weights: Tensors | None = None) -> torch.Tensor:
+    """On the probe; with `weights` in the place of the adapter's own, by parameter name."""
     packed = model.get_base_model().config._attn_implementation == PACKED
     batch = pack([PROBE]) if packed else {"input_ids": torch.tensor([PROBE.input_ids])}
     batch.pop("labels", None)
-    logits: torch.Tensor = model(**to_device(batch, model.device), use_cache=False).logits
+    batch = {**to_device(batch, model.device), "use_cache": False}
+    adapter = {name: tensor.to(model.device) for name, tensor in (weights or {}).items()}
+    logits: torch.Tensor = functional_call(model, adapter, kwargs=batch).logits
     return logits
 
 

@@ -117,7 +117,7 @@ def _left_out(model: PeftModel, touched: set[str]) -> list[str]:
 def kind_of(name: str) -> str:
     """`q_proj`, or `experts.gate_up_proj` for a tensor of a layer."""
     words = name.replace(WRAPPED, "").removesuffix(".weight").split(".")
-    return ".".join(words[-2:]) if words[-2] == "experts" else words[-1]
+    return ".".join(words[-2:]) if "experts" in words[-2:-1] else words[-1]
 
 
 def _counted(kinds: Counter[str]) -> str:

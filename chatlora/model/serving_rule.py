@@ -1,0 +1,172 @@
+"""What a server computes: the plain base plus B A alpha / r, from an adapter's file and without PEFT.
+
+A server starts from the checkpoint. An initialisation that moves the base's weights, as PiSSA and OLoRA do, leaves an
+adapter that is right on the moved base alone, so those are compared with the checkpoint as well.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from safetensors import safe_open
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils.hub import cached_file
+
+from chatlora.model.lora import kind_of
+from chatlora.model.scales import adapted_layers, is_a, is_b, module_of
+from chatlora.model.targets import WRAPPED
+
+Tensors = Mapping[str, torch.Tensor]
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@contextmanager
+def served(model: PeftModel, settings: PeftLoraConfig, tensors: Tensors) -> Iterator[None]:
+    """Within, `model` computes as a server does with this adapter, on the base that is loaded.
+
+    settings, tensors: of one rank for all layers, by the names in `model`, experts stacked.
+    """
+    scale = settings.lora_alpha / settings.r
+    by_layer: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind = "A" if is_a(name) else "B" if is_b(name) else "magnitude"
+        by_layer.setdefault(module_of(name), {})[kind] = tensor.to(model.device)
+    layers = adapted_layers(model)
+    with model.disable_adapter(), ExitStack() as hooks:
+        for name, parts in by_layer.items():
+            hooks.enter_context(_served(layers[name], parts, scale))
+        yield
+
+
+def why_base_moved(base: PreTrainedModel) -> str | None:
+    """None if the weights under an adapter are those of the checkpoint: of each kind of layer, the first and the last.
+
+    Half a sentence where they are not. A tensor that the checkpoint has in another form, quantised for one, is passed
+    over, and so is a model that is of no checkpoint.
+    """
+    adapted = {name for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    kinds: dict[str, list[str]] = {}
+    for name, _ in base.named_parameters():
+        layer = name.split(WRAPPED)[0]
+        if layer in adapted and ".lora_" not in name and not name.endswith(".bias"):
+            kinds.setdefault(kind_of(name), []).append(name)
+    shards = _shards(base) if base.name_or_path else {}
+    parameters = dict(base.named_parameters())
+    for names in kinds.values():
+        for name in dict.fromkeys((names[0], names[-1])):
+            here = revert_weight_conversion(base, {name.replace(WRAPPED, ""): parameters[name].detach()})
+            for stored, tensor in here.items():
+                if stored in shards and _differs(shards[stored], stored, tensor):
+                    return f"the base's own {stored} is another one than in {base.name_or_path}, which servers load"
+    return None
+
+
+def too_far(served_logits: torch.Tensor, trained: torch.Tensor, alone: torch.Tensor) -> float | None:
+    """How far a server's logits [1, T, V] are from training's, as a share of the base's own; None where they agree.
+
+    Agreed is within 1e-4 at every token in fp32. In bf16, where a rounding may send a token to another expert, it is
+    within 4 of its rounding steps, 3 %, at half of the tokens.
+    """
+    errors = (served_logits - trained).float().norm(dim=-1) / alone.float().norm(dim=-1).mean()
+    if trained.dtype == torch.float32:
+        error, allowed = float(errors.max()), 1e-4
+    else:
+        error, allowed = float(errors.median()), 4 * torch.finfo(trained.dtype).eps
+    return None if error <= allowed else error
+
+
+@contextmanager
+def _served(layer: LoraLayer, parts: Mapping[str, torch.Tensor], scale: float) -> Iterator[None]:
+    base = layer.get_base_layer()
+    if isinstance(base, nn.Linear) and not isinstance(layer, ParamWrapper):
+        side = _beside if "magnitude" not in parts else _weighed
+        hook = base.register_forward_hook(lambda module, args, out: side(module, args[0], out, parts, scale))
+        hooks = [hook]
+    else:
+        name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+        plain = base._parameters[name]
+        assert plain is not None
+
+        def put(*_: Any) -> None:
+            changed = (plain + _delta(layer, plain, parts) * scale).to(plain.dtype)
+            base._parameters[name] = nn.Parameter(changed, requires_grad=False)
+
+        def back(*_: Any) -> None:
+            base._parameters[name] = plain
+
+        hooks = [base.register_forward_pre_hook(put), base.register_forward_hook(back, always_call=True)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _beside(
+    module: nn.Linear, x: torch.Tensor, out: torch.Tensor, parts: Mapping[str, torch.Tensor], scale: float
+) -> torch.Tensor:
+    hidden = functional.linear(x.to(parts["A"].dtype), parts["A"])
+    return out + (functional.linear(hidden, parts["B"]) * scale).to(out.dtype)
+
+
+def _weighed(
+    module: nn.Linear, x: torch.Tensor, out: torch.Tensor, parts: Mapping[str, torch.Tensor], scale: float
+) -> torch.Tensor:
+    """DoRA, https://arxiv.org/abs/2402.09353 (5): the changed weight, each row at its own learned length."""
+    weight = module.weight.float() + parts["B"] @ parts["A"] * scale
+    weight = weight * (parts["magnitude"] / weight.norm(dim=1))[:, None]
+    bias = None if module.bias is None else module.bias.float()
+    return functional.linear(x.float(), weight, bias).to(out.dtype)
+
+
+def _delta(layer: LoraLayer, plain: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """B A of experts, an embedding or a projection, in the shape of its weight."""
+    a, b = parts["A"], parts["B"]
+    if plain.ndim == 2:
+        product = b @ a  # [out, in]
+        return product if product.shape == plain.shape else product.T
+    experts = plain.shape[0]
+    each = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1) @ a.reshape(experts, -1, a.shape[1])
+    return each if getattr(layer, "_did_swap_in_out_features", True) else each.transpose(1, 2)
+
+
+def _shards(base: PreTrainedModel) -> dict[str, Path]:
+    """Name -> file of the tensors in the checkpoint that `base` was loaded from."""
+    revision = vars(base.config).get("_commit_hash")
+
+    def found(name: str) -> Path | None:
+        path = cached_file(
+            base.name_or_path,
+            name,
+            revision=revision,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return None if path is None else Path(path)
+
+    index, whole = found(INDEX), found(WHOLE)
+    if index is not None:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: index.parent / file for name, file in names.items() if (index.parent / file).is_file()}
+    if whole is None:
+        return {}
+    with safe_open(whole, framework="pt") as file:
+        return dict.fromkeys(file.keys(), whole)
+
+
+def _differs(shard: Path, name: str, tensor: torch.Tensor) -> bool:
+    with safe_open(shard, framework="pt") as file:
+        stored = file.get_tensor(name)
+    if stored.shape != tensor.shape or not stored.is_floating_point():
+        return False
+    return not torch.equal(stored.to(tensor.dtype), tensor.cpu())

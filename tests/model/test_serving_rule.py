@@ -1,0 +1,93 @@
+"""What a server computes from the file is what training computed, and where it is not, the export says so."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
+
+from chatlora.config import ModelConfig
+from chatlora.model.adapter_folder import WEIGHTS, save_adapter, why_not_served
+from chatlora.model.loading import load_base_model
+from chatlora.model.serving_rule import too_far
+from tests.model.test_adapter_folder import logits, saved, trained, weights_of
+
+
+def opened(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return load_base_model(ModelConfig(name_or_path=str(checkpoint)), dtype=dtype)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_was_trained_on_a_moved_base_is_told(init: str, tmp_path: Path) -> None:
+    """PiSSA takes B A out of the base's weights: on the checkpoint, where servers put it, it counts twice."""
+    model = get_peft_model(
+        opened(saved("Llama", tmp_path)),
+        PeftLoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=init),
+    ).eval()
+    assert isinstance(model, PeftModel)
+    save_adapter(model, weights_of(model), tmp_path / "adapter")
+    told = why_not_served(model, weights_of(model), tmp_path / "adapter", None)
+    assert told is not None
+    assert "the base's own model.layers.0." in told
+    assert "is another one than in" in told
+
+
+def test_a_base_that_changed_in_training_is_told(tmp_path: Path) -> None:
+    model = trained(saved("Qwen3-MoE", tmp_path))
+    save_adapter(model, weights_of(model), tmp_path / "adapter")
+    assert why_not_served(model, weights_of(model), tmp_path / "adapter", None) is None
+    stack = next(p for name, p in model.named_parameters() if name.endswith("gate_up_proj"))
+    stack[0, 0, 0] += 1e-3
+    told = why_not_served(model, weights_of(model), tmp_path / "adapter", None)
+    assert told is not None
+    assert "model.layers.0.mlp.experts.0.gate_proj.weight is another one" in told
+
+
+@pytest.mark.parametrize("variant", [None, "rslora"])
+def test_the_trained_tensors_under_peft_s_own_settings_are_right_in_peft_alone(
+    variant: str | None, tmp_path: Path
+) -> None:
+    """What PEFT would write by itself, with the file's rank and alpha read as a server reads them."""
+    model = trained(saved("Qwen3-MoE", tmp_path), variant=variant)
+    folder = tmp_path / "adapter"
+    save_adapter(model, weights_of(model), folder, "stacked")
+    model.peft_config["default"].save_pretrained(str(folder))
+    tensors = {name.replace(".default", ""): tensor for name, tensor in weights_of(model).items()}
+    save_file(tensors, folder / WEIGHTS)
+    told = why_not_served(model, weights_of(model), folder, None)
+    assert told is not None
+
+
+def test_the_best_adapter_is_compared_with_its_own_logits(tmp_path: Path) -> None:
+    """It is exported when the model holds the last step's."""
+    model = trained(saved("Llama", tmp_path), variant="rslora")
+    best = {name: tensor * 0.5 for name, tensor in weights_of(model).items()}
+    last = logits(model)
+    save_adapter(model, best, tmp_path / "adapter")
+    assert why_not_served(model, best, tmp_path / "adapter", None) is None
+    assert why_not_served(model, weights_of(model), tmp_path / "adapter", None) is not None
+    assert torch.equal(logits(model), last)
+
+
+@pytest.mark.parametrize("family", ["Llama", "gpt-oss"])
+def test_in_bf16_rounding_alone_is_no_fault(family: str, tmp_path: Path) -> None:
+    checkpoint = saved(family, tmp_path)
+    full = trained(checkpoint)
+    model = copy.deepcopy(full).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = dict(full.named_parameters())[name].data
+    save_adapter(model, weights_of(model), tmp_path / "adapter")
+    assert why_not_served(model, weights_of(model), tmp_path / "adapter", torch.bfloat16) is None
+
+
+def test_a_scale_four_times_too_large_is_seen_in_bf16_too() -> None:
+    """As rslora of rank 16 under a server's alpha / r: an adapter of a tenth of the logits."""
+    alone = torch.randn(1, 32, 320, generator=torch.Generator().manual_seed(0)).bfloat16()
+    effect = 0.1 * alone.roll(1, dims=-1)
+    assert too_far(alone + effect, alone + effect, alone) is None
+    assert too_far(alone + effect / 4, alone + effect, alone) is not None
