@@ -56,7 +56,7 @@ STAY_STACKED = SERVED_STACKED | BY_HAND.keys()
 
 def expert_names(base: PreTrainedModel) -> ExpertNames | None:
     """None where no checkpoint of this family has a tensor for each expert."""
-    model_type = _model_type(base)
+    model_type = model_type_of(base)
     if model_type in BY_HAND:
         return BY_HAND[model_type]
     leaves: dict[str, list[str]] = {}
@@ -79,10 +79,21 @@ def is_per_expert(base: PreTrainedModel, wanted: ExpertFormat) -> bool:
     known = expert_names(base) is not None
     if wanted == "per_expert" and not known:
         raise ModelError(
-            f"lora.expert_format is per_expert, but no names of single experts are known for {_model_type(base)}: set "
-            f"it to stacked or auto"
+            f"lora.expert_format is per_expert, but no names of single experts are known for {model_type_of(base)}: "
+            f"set it to stacked or auto"
         )
-    return known and (wanted == "per_expert" or (wanted == "auto" and _model_type(base) not in STAY_STACKED))
+    return known and (wanted == "per_expert" or (wanted == "auto" and model_type_of(base) not in STAY_STACKED))
+
+
+def has_stacked(settings: PeftLoraConfig) -> bool:
+    """Whether an adapter of these settings, as in its folder, is on stacked experts."""
+    return bool(_stacks(settings))
+
+
+def has_single(base: PreTrainedModel, settings: PeftLoraConfig) -> bool:
+    """Whether it has tensors for each expert, in a model of this family."""
+    names, modules = expert_names(base), {*(settings.target_modules or [])}
+    return names is not None and bool(modules & {names.gate, names.down}) and not has_stacked(settings)
 
 
 def split(
@@ -91,19 +102,19 @@ def split(
     """A file's tensors, all of rank `settings.r`, with stacked experts taken apart, and the settings for them."""
     both = {match["block"] for name in tensors if (match := STACK.fullmatch(name)) and match["inner"]}
     parameters = settings.target_parameters or []
-    alone = DOWN if any(name.endswith(DOWN) for name in parameters) else GATE_UP
     result = {}
     for name, tensor in tensors.items():
         match = STACK.fullmatch(name)
         if match is None:
             result[name] = tensor
             continue
-        kind = GATE_UP if match["inner"] else DOWN if match["block"] in both else alone
+        alone = f"{match['block']}.experts.{GATE_UP}".endswith(tuple(parameters))
+        kind = GATE_UP if match["inner"] or (alone and match["block"] not in both) else DOWN
         block = _renamed(match["block"], names.block)
         for expert, one in enumerate(_one_by_one(tensor, settings.r, of_a=is_a(name))):
             for leaf, part in _parts(one, kind, names, of_a=is_a(name)):
                 result[f"{block}.experts.{expert}.{leaf}.lora_{match['side']}.weight"] = part.clone()
-    stacks = [name for name in parameters if name.endswith((f"experts.{GATE_UP}", f"experts.{DOWN}"))]
+    stacks = _stacks(settings)
     leaves = [names.gate, names.up] if any(name.endswith(GATE_UP) for name in stacks) else []
     leaves += [names.down] if any(name.endswith(DOWN) for name in stacks) else []
     settings.target_modules = sorted({*(settings.target_modules or []), *leaves})
@@ -163,9 +174,14 @@ def _parts(one: torch.Tensor, kind: str, names: ExpertNames, *, of_a: bool) -> I
     yield names.up, up
 
 
+def _stacks(settings: PeftLoraConfig) -> list[str]:
+    parameters = settings.target_parameters or []
+    return [name for name in parameters if name.endswith((f"experts.{GATE_UP}", f"experts.{DOWN}"))]
+
+
 def _renamed(block: str, last: str) -> str:
     return f"{block.rpartition('.')[0]}.{last}" if last else block
 
 
-def _model_type(base: PreTrainedModel) -> str:
+def model_type_of(base: PreTrainedModel) -> str:
     return str(base.config.get_text_config().model_type)

@@ -21,6 +21,7 @@ from chatlora.model.adapter_folder import (
     served_class,
     why_not_served,
 )
+from chatlora.model.servers import not_taken_in
 from chatlora.rendering.renderer import Renderer
 from chatlora.run_directory import RunDirectory
 from chatlora.run_log import read_log
@@ -65,6 +66,8 @@ def export_adapter(
 
     export(weights, run.adapter)
     run.say(f"the adapter is in {run.adapter}")
+    for server, what in not_taken_in(adapted.get_base_model(), run.adapter).items():
+        run.say(f"warning: {server} {what}")
     best = run.best_step()
     if best is not None and config.checkpoint.keep_best:
         home = home_of(run.checkpoints, best)
