@@ -59,7 +59,7 @@ def train(
 
         batch = batches[step]  # the same on every rank; found without walking there
         for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate(step)
+            group["lr"] = schedule.learning_rate(step) * group.get("lr_ratio", 1.0)
 
         # Every rank runs the same number of micro-batches. Losses are sums, divided once by the targets of all ranks.
         loss = runtime.zero()

@@ -51,8 +51,9 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     rank: int = Field(16, ge=1, description="r of LoRA")
     alpha: float = Field(32, gt=0, description="the update is scaled by alpha / rank")
-    variant: Literal["rslora"] | None = Field(
-        None, description="rslora: the update is scaled by alpha / sqrt(rank); null: plain LoRA"
+    variant: Literal["rslora", "dora"] | None = Field(
+        None,
+        description="rslora: scaled by alpha / sqrt(rank); dora: rows' lengths are learned too; null: plain LoRA",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping an input of the adapter")
     target_modules: str | tuple[str, ...] = Field("all-linear", description="all-linear, module names, or a regex")
@@ -126,6 +127,9 @@ class OptimConfig(Section):
         "auto", description="tokens of one forward pass on one process; auto: max(max_length, 1024 on CPU, 4096 on GPU)"
     )
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of AdamW")
+    lr_ratio_b: float | None = Field(
+        None, gt=0, description="LoRA+: the B matrices learn at this multiple of the learning rate; null: at 1"
+    )
     schedule: ScheduleName = Field("cosine", description="learning rate after the warm-up")
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")

@@ -76,7 +76,7 @@ def sglang(wheels: Path, adapter: Path) -> dict[str, Any]:
     """LoRAAdapter's one scaling, and the tensors for which `get_target_module_name` finds no place."""
     utils = unpacked(wheels, "sglang.srt.lora.utils")
     config = unpacked(wheels, "sglang.srt.lora.lora_config").LoRAConfig(str(adapter))
-    importlib.import_module("sglang.srt.layers.utils").get_layer_id = layer_of
+    vars(importlib.import_module("sglang.srt.layers.utils"))["get_layer_id"] = layer_of
     loader = unpacked(wheels, "sglang.srt.lora.lora")
     base: Any = types.SimpleNamespace(num_hidden_layers=2, architectures=[], model_type="")
     loaded = loader.LoRAAdapter("adapter", config, base, None, None)

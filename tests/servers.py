@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 STACKED_IN_VLLM = {"gpt_oss", "qwen3_5_moe_text", "qwen3_vl_moe_text"}  # is_3d_moe_weight
-PART = re.compile(r"base_model\.model\.(?P<module>.*)\.lora_(?P<side>[AB])\.weight")
+PART = re.compile(r"base_model\.model\.(?P<module>.*)\.lora_(?P<side>A|B|magnitude_vector)(\.weight)?")
 GATE, UP, DOWN = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
 
 
@@ -46,8 +46,7 @@ def adapter_in(folder: Path) -> Adapter:
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(folder / "adapter_model.safetensors").items():
         match = PART.fullmatch(name)
-        if match is None:
-            raise RefusedError(f"{name} is neither A nor B")
+        assert match is not None, name
         parts.setdefault(match["module"], {})[match["side"]] = tensor
     return Adapter(json.loads((folder / "adapter_config.json").read_text()), parts)
 
@@ -108,13 +107,15 @@ def scales(server: str, adapter: Adapter, base: PreTrainedModel) -> dict[str, fl
 
 @torch.no_grad()
 def serve(base: PreTrainedModel, adapter: Adapter, by_module: dict[str, float]) -> PreTrainedModel:
-    """The base with every B A added to its weights, at these scales."""
+    """The base with every B A added to its weights, at these scales; under DoRA each row at its own length."""
     for module, scale in by_module.items():
         a, b = adapter.parts[module]["A"], adapter.parts[module]["B"]
         weight, transposed = _weight(base, module)
         for place, part_a, part_b in _placed(weight, module, a, b, transposed=transposed):
             delta = part_b @ part_a * scale
             place += delta.T if transposed else delta
+            if "magnitude_vector" in adapter.parts[module]:
+                place *= (adapter.parts[module]["magnitude_vector"] / place.norm(dim=1))[:, None]
     return base
 
 

@@ -370,7 +370,7 @@ def test_paths_become_absolute_where_they_exist_and_change_nothing(
 def test_help_shows_choices_and_defaults_as_yaml_has_them_in_one_column() -> None:
     lines = {line.split()[0]: line for line in help_text("").splitlines() if line.startswith("  --")}
     assert lines["--data.over_length"].endswith("(fit | cut | drop | error) [fit]")
-    assert lines["--lora.variant"].endswith("(rslora | null) [null]")
+    assert lines["--lora.variant"].endswith("(rslora | dora | null) [null]")
     assert lines["--checkpoint.keep_best"].endswith("[true]")
     assert lines["--data.train"].endswith("[]]")
     assert "(" not in lines["--optim.max_tokens_per_micro_batch"].replace("max(", "")

@@ -22,6 +22,7 @@ from chatlora.model.scales import is_a
 
 OURS = "mlp"  # how transformers 5 calls the layer around the experts where a checkpoint has another name
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
+GATE_AND_UP = ("gate_proj", "up_proj")
 STACK = re.compile(r"(?P<block>.*)\.experts(?P<inner>\.base_layer)?\.lora_(?P<side>[AB])\.weight")
 ONE = re.compile(r"(?P<block>.*)\.experts\.(?P<expert>\d+)\.(?P<leaf>\w+)\.lora_(?P<side>[AB])\.weight")
 
@@ -115,8 +116,9 @@ def split(
             for leaf, part in _parts(one, kind, names, of_a=is_a(name)):
                 result[f"{block}.experts.{expert}.{leaf}.lora_{match['side']}.weight"] = part.clone()
     stacks = _stacks(settings)
-    leaves = [names.gate, names.up] if any(name.endswith(GATE_UP) for name in stacks) else []
-    leaves += [names.down] if any(name.endswith(DOWN) for name in stacks) else []
+    # SGLang calls w1, w3 and w2 so before it looks for them among the target modules (`_rename_expert_w_to_proj`).
+    leaves = [names.gate, names.up, *GATE_AND_UP] if any(name.endswith(GATE_UP) for name in stacks) else []
+    leaves += [names.down, DOWN] if any(name.endswith(DOWN) for name in stacks) else []
     settings.target_modules = sorted({*(settings.target_modules or []), *leaves})
     settings.target_parameters = sorted({*parameters} - {*stacks}) or None
     return settings, result
@@ -153,7 +155,7 @@ def stacked(
         result[f"{of}{inner}.lora_{side}.weight"] = flat
         stacks.add(f"{of.removeprefix('base_model.model.')}.{GATE_UP if leaf == names.gate else DOWN}")
     leaves = {leaf for _, leaf, _ in groups}
-    settings.target_modules = sorted({*(settings.target_modules or [])} - leaves)
+    settings.target_modules = sorted({*(settings.target_modules or [])} - {*leaves, *GATE_AND_UP, DOWN})
     settings.target_parameters = sorted({*(settings.target_parameters or [])} | stacks)
     return settings, result
 

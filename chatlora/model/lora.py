@@ -33,6 +33,11 @@ def add_lora(base: PreTrainedModel, lora: LoraConfig, seed: int, revision: str |
             f"lora.dropout is {lora.dropout:g}, but PEFT cannot drop inputs of adapters on stacked experts: set it to "
             f"0, or lora.target_modules to layers that are none of {', '.join(targets.parameters)}"
         )
+    if targets.parameters and lora.variant == "dora":
+        raise ModelError(
+            f"lora.variant is dora, but PEFT has none for adapters on stacked experts: set it to rslora or null, or "
+            f"lora.target_modules to layers that are none of {', '.join(targets.parameters)}"
+        )
     if targets.expert_parameters:
         is_per_expert(base, lora.expert_format)  # what cannot be written is told before it is trained
     # A token goes through several experts, each with an adapter of its own: together they have the rank that was asked
@@ -43,6 +48,7 @@ def add_lora(base: PreTrainedModel, lora: LoraConfig, seed: int, revision: str |
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         use_rslora=lora.variant == "rslora",
+        use_dora=lora.variant == "dora",
         target_modules=targets.modules,
         target_parameters=targets.parameters or None,
         rank_pattern={re.escape(name): rank for name in targets.expert_parameters},

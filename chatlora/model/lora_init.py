@@ -50,19 +50,23 @@ def init_fingerprint(lora: LoraConfig) -> str | None:
 
 def _other_settings(model: PeftModel, there: PeftConfig, tensors: Tensors) -> list[str]:
     here = model.peft_config["default"]
-    if not isinstance(there, PeftLoraConfig) or there.use_dora:
-        return ["it is no plain LoRA adapter"]
+    if not isinstance(there, PeftLoraConfig):
+        return ["it is no LoRA adapter"]
+    if here.use_dora != there.use_dora:
+        mine, theirs = ("dora" if each.use_dora else "not dora" for each in (here, there))
+        return [f"lora.variant is {mine}, but {theirs} there"]
     rank, alpha = one_scale(model)
-    theirs = one_scale_in(model, tensors, there)
-    if theirs is None:
+    found = one_scale_in(model, tensors, there)
+    if found is None:
         return []  # no layer in common
-    problems = [f"lora.rank is {here.r}, but {theirs[0]} there"] if rank != theirs[0] else []
-    mine, other = alpha / rank, theirs[1] / theirs[0]
-    if not problems and not math.isclose(mine, other, rel_tol=1e-9):
-        needed = other * (math.sqrt(rank) if here.use_rslora else rank)
-        variant = " for lora.variant rslora" if here.use_rslora else ""
-        problems.append(f"lora.alpha is {here.lora_alpha}, but {needed}{variant} there")
-    return problems
+    if rank != found[0]:
+        return [f"lora.rank is {here.r}, but {found[0]} there"]
+    scale = found[1] / found[0]
+    if math.isclose(alpha / rank, scale, rel_tol=1e-9):
+        return []
+    needed = scale * (math.sqrt(rank) if here.use_rslora else rank)
+    variant = " for lora.variant rslora" if here.use_rslora else ""
+    return [f"lora.alpha is {here.lora_alpha}, but {needed}{variant} there"]
 
 
 def _other_layers(model: PeftModel, found: dict[str, list[int]]) -> list[str]:

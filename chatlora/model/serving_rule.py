@@ -87,18 +87,21 @@ def too_far(served_logits: torch.Tensor, trained: torch.Tensor, alone: torch.Ten
 @contextmanager
 def _served(layer: LoraLayer, parts: Mapping[str, torch.Tensor], scale: float) -> Iterator[None]:
     base = layer.get_base_layer()
-    if isinstance(base, nn.Linear) and not isinstance(layer, ParamWrapper):
-        side = _beside if "magnitude" not in parts else _weighed
-        hook = base.register_forward_hook(lambda module, args, out: side(module, args[0], out, parts, scale))
-        hooks = [hook]
+    if isinstance(base, nn.Linear) and not isinstance(layer, ParamWrapper) and "magnitude" not in parts:
+
+        def beside(module: nn.Module, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+            hidden = functional.linear(inputs[0].to(parts["A"].dtype), parts["A"])
+            return out + (functional.linear(hidden, parts["B"]) * scale).to(out.dtype)
+
+        hooks = [base.register_forward_hook(beside)]
     else:
         name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
         plain = base._parameters[name]
         assert plain is not None
 
         def put(*_: Any) -> None:
-            changed = (plain + _delta(layer, plain, parts) * scale).to(plain.dtype)
-            base._parameters[name] = nn.Parameter(changed, requires_grad=False)
+            changed = _weighed(base, plain + _delta(layer, plain, parts) * scale, parts.get("magnitude"))
+            base._parameters[name] = nn.Parameter(changed.to(plain.dtype), requires_grad=False)
 
         def back(*_: Any) -> None:
             base._parameters[name] = plain
@@ -111,21 +114,13 @@ def _served(layer: LoraLayer, parts: Mapping[str, torch.Tensor], scale: float) -
             hook.remove()
 
 
-def _beside(
-    module: nn.Linear, x: torch.Tensor, out: torch.Tensor, parts: Mapping[str, torch.Tensor], scale: float
-) -> torch.Tensor:
-    hidden = functional.linear(x.to(parts["A"].dtype), parts["A"])
-    return out + (functional.linear(hidden, parts["B"]) * scale).to(out.dtype)
-
-
-def _weighed(
-    module: nn.Linear, x: torch.Tensor, out: torch.Tensor, parts: Mapping[str, torch.Tensor], scale: float
-) -> torch.Tensor:
-    """DoRA, https://arxiv.org/abs/2402.09353 (5): the changed weight, each row at its own learned length."""
-    weight = module.weight.float() + parts["B"] @ parts["A"] * scale
-    weight = weight * (parts["magnitude"] / weight.norm(dim=1))[:, None]
-    bias = None if module.bias is None else module.bias.float()
-    return functional.linear(x.float(), weight, bias).to(out.dtype)
+def _weighed(base: nn.Module, weight: torch.Tensor, magnitude: torch.Tensor | None) -> torch.Tensor:
+    """DoRA, https://arxiv.org/abs/2402.09353 (5): every row [in] of a changed weight at its own learned length."""
+    if magnitude is None:
+        return weight
+    dim = 1 if isinstance(base, nn.Linear) else 0  # an embedding and a Conv1D are [in, out]
+    lengths: torch.Tensor = weight.norm(dim=dim)
+    return weight * (magnitude / lengths).unsqueeze(dim)
 
 
 def _delta(layer: LoraLayer, plain: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:

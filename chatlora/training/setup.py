@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from chatlora.cache import cache_root
-from chatlora.config import Config
+from chatlora.config import Config, LoraConfig
 from chatlora.config_files import Loaded, config_text
 from chatlora.data.dataset import PreparedData, Say, prepare_training_data
 from chatlora.data.held_out import HELD_OUT, kept_by
@@ -38,6 +38,7 @@ from chatlora.model.loading import (
 from chatlora.model.lora import add_lora, describe_lora, trainable
 from chatlora.model.lora_init import init_fingerprint, start_from
 from chatlora.model.loss import TargetLoss
+from chatlora.model.scales import is_b
 from chatlora.reading.scan import inputs_of, scan
 from chatlora.rendering.embedded import embedded_name, source_of
 from chatlora.rendering.renderer import Renderer
@@ -134,6 +135,7 @@ def load_model(
         base = runtime.move_to_device(load_base_model(config.model, dtype=runtime.dtype))
         padded = is_padded(base, runtime, say)
         refuse_ids_without_row(base, tokenizer, data.largest_id)
+        refuse_spread_dora(config.lora, runtime)
         adapted = add_lora(base, config.lora, config.run.seed, config.model.revision)
         refuse_stacked_experts(adapted)
         if config.lora.init_from is not None:
@@ -143,6 +145,15 @@ def load_model(
         if config.model.gradient_checkpointing:
             adapted.activation_checkpointing_enable({"use_reentrant": False})
     return adapted, padded
+
+
+def refuse_spread_dora(lora: LoraConfig, runtime: Runtime) -> None:
+    """Raise LaunchError where DoRA would read weights of the base that no process has whole."""
+    if lora.variant == "dora" and runtime.engine in ("zero3", "fsdp2"):
+        raise LaunchError(
+            f"lora.variant is dora, which reads the base's weights past {runtime.engine}, and that spreads them: use "
+            f"rslora or null, or accelerate_configs/zero2.yaml"
+        )
 
 
 def is_padded(base: PreTrainedModel, runtime: Runtime, say: Say) -> bool:
@@ -182,10 +193,24 @@ def prepare_for_engine(
     with out_of_memory_told(not_loaded(config.model.name_or_path, runtime)):
         with layer_by_layer(adapted):
             loss = TargetLoss(adapted, packed=packed, autocast_dtype=runtime.autocast_dtype)
-        return runtime.prepare(loss, optimizer or make_optimizer(config, runtime, list(trainable(adapted).values())))
+        parameters = parameters_of(adapted, config.optim.lr_ratio_b)
+        return runtime.prepare(loss, optimizer or make_optimizer(config, runtime, parameters))
 
 
-def make_optimizer(config: Config, runtime: Runtime, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def parameters_of(adapted: PeftModel, lr_ratio_b: float | None) -> list[Any]:
+    """The adapter's parameters; with a ratio as two groups, of which the loop gives the second that much of its rate.
+
+    LoRA+, https://arxiv.org/abs/2402.12354: B, which starts at zero, may learn faster than A.
+    """
+    parameters = trainable(adapted)
+    if lr_ratio_b in (None, 1):
+        return list(parameters.values())
+    faster = [parameter for name, parameter in parameters.items() if is_b(name)]
+    others = [parameter for name, parameter in parameters.items() if not is_b(name)]
+    return [{"params": others}, {"params": faster, "lr_ratio": lr_ratio_b}]
+
+
+def make_optimizer(config: Config, runtime: Runtime, parameters: list[Any]) -> torch.optim.Optimizer:
     """AdamW. The loop sets the learning rates; what is kept in `optimizer.state` is in every checkpoint."""
     return torch.optim.AdamW(
         parameters,

@@ -29,6 +29,7 @@ DRAWS: dict[str, dict[str, Any]] = {
     "plain": {"rank": 4, "alpha": 8},
     "rslora": {"rank": 6, "alpha": 8, "variant": "rslora"},
 }
+DORA = {"rank": 4, "alpha": 8, "variant": "dora"}
 
 
 def adapted(family: str, draw: str) -> PeftModel:
@@ -50,7 +51,7 @@ def adapted(family: str, draw: str) -> PeftModel:
             model = get_peft_model(base, settings)
         assert isinstance(model, PeftModel)
     else:
-        model = add_lora(base, LoraConfig(**DRAWS[draw]), seed=0)
+        model = add_lora(base, LoraConfig(**{**DRAWS, "dora": DORA}[draw]), seed=0)
     torch.manual_seed(1)
     for name, parameter in trainable(model).items():
         if "lora_B" in name:
@@ -157,6 +158,17 @@ def test_an_adapter_on_some_layers_experts_alone_comes_back(tmp_path: Path) -> N
     assert all(error < 1e-5 for error in found.values() if isinstance(error, float)), found
 
 
+@pytest.mark.parametrize("family", ["Llama", "Qwen2.5", "GLM (ChatGLM3, GLM-4-9b)"])
+def test_dora_is_right_in_peft_and_the_export_says_who_refuses_it(family: str, tmp_path: Path) -> None:
+    model = adapted(family, "dora")
+    save_adapter(model, weights_of(model), tmp_path)
+    found = errors(family, adapter_in(tmp_path), logits(model))
+    assert found.pop("PEFT") == pytest.approx(0, abs=1e-5)
+    assert {*found.values()} == {"DoRA"}
+    assert told(model, tmp_path) == refused(found) == {"vLLM", "SGLang", "llama.cpp"}
+    assert apart(logits(put_on(build_base(family), tmp_path).eval()), logits(model)) < 1e-5
+
+
 # ---- what PEFT writes by itself
 
 
@@ -231,7 +243,7 @@ def asked(server: str, wheels: Path, *adapters: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_vllm_and_sglang_themselves_say_the_same(wheels: Path, tmp_path: Path) -> None:
-    folders = {}
+    folders: dict[tuple[str, str], Path] = {}
     for family, draw in ((family, draw) for family in FAMILIES for draw in (*DRAWS, "mixed ranks")):
         folders[family, draw] = tmp_path / str(len(folders))
         model = adapted(family, draw)

@@ -2,19 +2,23 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from chatlora.config import ModelConfig
+from chatlora.config import ExpertFormat, LoraConfig, ModelConfig
+from chatlora.errors import ModelError
 from chatlora.model.adapter_folder import WEIGHTS, save_adapter, why_not_served
 from chatlora.model.loading import load_base_model
+from chatlora.model.lora import add_lora
+from chatlora.model.lora_init import start_from
 from chatlora.model.serving_rule import too_far
-from tests.model.test_adapter_folder import logits, saved, trained, weights_of
+from tests.model.test_adapter_folder import fresh, logits, saved, trained, weights_of
+from tests.model_families import build_base
 
 
 def opened(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -91,3 +95,44 @@ def test_a_scale_four_times_too_large_is_seen_in_bf16_too() -> None:
     effect = 0.1 * alone.roll(1, dims=-1)
     assert too_far(alone + effect, alone + effect, alone) is None
     assert too_far(alone + effect / 4, alone + effect, alone) is not None
+
+
+def test_dora_is_exported_as_it_was_trained_and_gone_on_from(tmp_path: Path) -> None:
+    checkpoint = saved("Qwen2.5", tmp_path)
+    model = trained(checkpoint, variant="dora")
+    save_adapter(model, weights_of(model), tmp_path / "adapter")
+    assert why_not_served(model, weights_of(model), tmp_path / "adapter", None) is None
+    again, lora = fresh(checkpoint, variant="dora", init_from=tmp_path / "adapter")
+    start_from(again, lora)
+    assert all(torch.equal(tensor, weights_of(again)[name]) for name, tensor in weights_of(model).items())
+    plain, lora = fresh(checkpoint, init_from=tmp_path / "adapter")
+    with pytest.raises(ModelError, match=r"lora\.variant is not dora, but dora there"):
+        start_from(plain, lora)
+    lengths = load_file(tmp_path / "adapter" / WEIGHTS)
+    save_file({n: t * 1.01 if "magnitude" in n else t for n, t in lengths.items()}, tmp_path / "adapter" / WEIGHTS)
+    assert "is another tensor" in (why_not_served(model, weights_of(model), tmp_path / "adapter", None) or "")
+
+
+def test_dora_on_stacked_experts_is_refused_before_training() -> None:
+    with pytest.raises(ModelError, match=r"lora\.variant is dora, but PEFT has none.*mlp\.experts\.gate_up_proj"):
+        add_lora(build_base("Qwen3-MoE"), LoraConfig(variant="dora"), seed=0)
+
+
+@pytest.mark.parametrize("family", ["Qwen3-MoE", "DeepSeek-V3"])
+@pytest.mark.parametrize(("expert_format", "variant"), [("stacked", None), ("per_expert", "rslora")])
+def test_init_from_reads_folded_experts_and_the_form_of_before(
+    family: str, expert_format: ExpertFormat, variant: Literal["rslora"] | None, tmp_path: Path
+) -> None:
+    """Ranks cut back, scales taken out of B again: to the bit, since 4 over 2 active experts is a power of two."""
+    checkpoint = saved(family, tmp_path)
+    model = trained(checkpoint, variant=variant, rank=8)
+    save_adapter(model, weights_of(model), tmp_path / "new", expert_format)
+    model.save_pretrained(tmp_path / "old", save_embedding_layers=False)
+    for form in ("new", "old"):
+        again, lora = fresh(checkpoint, variant=variant, rank=8, init_from=tmp_path / form)
+        start_from(again, lora)
+        for name, tensor in weights_of(model).items():
+            here = weights_of(again)[name]
+            exact = form == "old" or variant is None
+            assert torch.equal(here, tensor) if exact else torch.allclose(here, tensor, rtol=2.0**-22, atol=0), name
+        assert torch.allclose(logits(again.eval()), logits(model), atol=1e-5)
