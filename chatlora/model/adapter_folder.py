@@ -35,7 +35,7 @@ from chatlora.data.loader import to_device
 from chatlora.distributed.zero3 import is_sharded
 from chatlora.errors import ModelError
 from chatlora.model.attention import PACKED
-from chatlora.model.experts import expert_names, is_per_expert, split, stacked
+from chatlora.model.experts import expert_names, is_per_expert, split, stacked, with_sglangs_names
 from chatlora.model.lora import without_false_alarms
 from chatlora.model.scales import adapted_layers, folded, one_scale
 from chatlora.model.serving_rule import served, too_far, why_base_moved
@@ -95,6 +95,7 @@ def save_adapter(model: PeftModel, weights: Tensors, folder: Path, expert_format
     names = expert_names(base)
     if names is not None and is_per_expert(base, expert_format):
         settings, tensors = split(settings, tensors, names)
+    settings.target_modules = with_sglangs_names(settings.target_modules or [])
     settings.save_pretrained(str(folder))
     ours, theirs = (f"{PEFT_PREFIX}{prefix}." for prefix in _prefixes(base))
     if ours != theirs:

@@ -7,7 +7,7 @@ A, and each has its half of B's rows.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,8 @@ from chatlora.model.scales import is_a
 
 OURS = "mlp"  # how transformers 5 calls the layer around the experts where a checkpoint has another name
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
-GATE_AND_UP = ("gate_proj", "up_proj")
+# What SGLang 0.5.23 renames layers to before it looks for them in `target_modules` (`_rename_expert_w_to_proj`).
+SGLANG_CALLS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 STACK = re.compile(r"(?P<block>.*)\.experts(?P<inner>\.base_layer)?\.lora_(?P<side>[AB])\.weight")
 ONE = re.compile(r"(?P<block>.*)\.experts\.(?P<expert>\d+)\.(?P<leaf>\w+)\.lora_(?P<side>[AB])\.weight")
 
@@ -86,6 +87,15 @@ def is_per_expert(base: PreTrainedModel, wanted: ExpertFormat) -> bool:
     return known and (wanted == "per_expert" or (wanted == "auto" and model_type_of(base) not in STAY_STACKED))
 
 
+def with_sglangs_names(target_modules: Iterable[str]) -> list[str]:
+    """`target_modules` with those names besides, which no layer has: without them SGLang refuses the adapter."""
+    names = {*target_modules}
+    words = {name: name.rpartition(".") for name in names}
+    return sorted(
+        names | {head + dot + SGLANG_CALLS[leaf] for head, dot, leaf in words.values() if leaf in SGLANG_CALLS}
+    )
+
+
 def has_stacked(settings: PeftLoraConfig) -> bool:
     """Whether an adapter of these settings, as in its folder, is on stacked experts."""
     return bool(_stacks(settings))
@@ -116,9 +126,8 @@ def split(
             for leaf, part in _parts(one, kind, names, of_a=is_a(name)):
                 result[f"{block}.experts.{expert}.{leaf}.lora_{match['side']}.weight"] = part.clone()
     stacks = _stacks(settings)
-    # SGLang calls w1, w3 and w2 so before it looks for them among the target modules (`_rename_expert_w_to_proj`).
-    leaves = [names.gate, names.up, *GATE_AND_UP] if any(name.endswith(GATE_UP) for name in stacks) else []
-    leaves += [names.down, DOWN] if any(name.endswith(DOWN) for name in stacks) else []
+    leaves = [names.gate, names.up] if any(name.endswith(GATE_UP) for name in stacks) else []
+    leaves += [names.down] if any(name.endswith(DOWN) for name in stacks) else []
     settings.target_modules = sorted({*(settings.target_modules or []), *leaves})
     settings.target_parameters = sorted({*parameters} - {*stacks}) or None
     return settings, result
@@ -155,7 +164,8 @@ def stacked(
         result[f"{of}{inner}.lora_{side}.weight"] = flat
         stacks.add(f"{of.removeprefix('base_model.model.')}.{GATE_UP if leaf == names.gate else DOWN}")
     leaves = {leaf for _, leaf, _ in groups}
-    settings.target_modules = sorted({*(settings.target_modules or [])} - {*leaves, *GATE_AND_UP, DOWN})
+    also = {SGLANG_CALLS.get(leaf, leaf) for leaf in leaves}
+    settings.target_modules = sorted({*(settings.target_modules or [])} - leaves - also)
     settings.target_parameters = sorted({*(settings.target_parameters or [])} | stacks)
     return settings, result
 

@@ -41,11 +41,19 @@ def exchanged(optimizer: str) -> str:
     )
 
 
-def run(server: ForkServer, argv: list[str], folder: Path, config: str | None, fork: str, at: At | None = None) -> None:
+def run(
+    server: ForkServer,
+    argv: list[str],
+    folder: Path,
+    config: str | None,
+    fork: str,
+    at: At | None = None,
+    steps: int = 6,
+) -> None:
     """Six steps, saved after every second one."""
     folder.mkdir(exist_ok=True)
     ranks = 1 if config is None else 2
-    flags = ["--optim.max_steps", "6", "--checkpoint.every_steps", "2"]
+    flags = ["--optim.max_steps", str(steps), "--checkpoint.every_steps", "2"]
     found = server.run([*argv, *flags], folder, ranks=ranks, environment=environment_of(config), broken=fork, at=at)
     assert found == [0 if at is None else -signal.SIGKILL] * ranks, server.log.read_text()[-4000:]
 
@@ -70,6 +78,26 @@ def test_a_run_with_another_optimizer_resumes_to_the_bit(
         assert differences(tmp_path / "broken" / "run", outcome(whole / "run")) != []
     run(server, argv, killed, config, exchanged(optimizer))
     assert differences(killed / "run", outcome(whole / "run")) == []
+
+
+@pytest.mark.parametrize("config", [None, slow(("zero2",)), slow(("fsdp2",)), slow(("zero3",))])
+def test_b_learns_at_its_own_rate_and_the_run_resumes_to_the_bit(
+    server: ForkServer, argv: list[str], tmp_path: Path, config: str | None
+) -> None:
+    """B starts at zero, so that after AdamW's first step it is as large as its rate; A has had no gradient yet."""
+    whole, killed, faster, plain = (tmp_path / name for name in ("whole", "killed", "faster", "plain"))
+    ratio = ["--optim.lr_ratio_b", "4"]
+    run(server, [*argv, *ratio], whole, config, "")
+    run(server, [*argv, *ratio], killed, config, "", at=At("SIGKILL", STEP, 4))
+    run(server, [*argv, *ratio], killed, config, "")
+    assert differences(killed / "run", outcome(whole / "run")) == []
+    run(server, [*argv, *ratio], faster, config, "", steps=1)
+    run(server, argv, plain, config, "", steps=1)
+    slow_ones = newest(plain / "run").adapter
+    for name, tensor in newest(faster / "run").adapter.items():
+        assert torch.allclose(tensor, slow_ones[name] * (4 if "lora_B" in name else 1), rtol=1e-4, atol=1e-9), name
+    logged = [read_log(folder / "run" / LOG)[0]["learning_rate"] for folder in (faster, plain)]
+    assert logged[0] == logged[1]
 
 
 UNROUNDED = "torch.Tensor.bfloat16 = torch.Tensor.clone\n"  # Muon's products in fp32: what is left is no rounding
