@@ -5,7 +5,6 @@ Precedence: the defaults here < a preset or YAML file < `--section.field VALUE` 
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from chatlora.config_paths import PATHS, absolute
 from chatlora.config_rows import UNNAMED, Section, ShareOrSources, ShareSourcesOrSets
 from chatlora.config_rows import RowFormat as RowFormat
 from chatlora.config_rows import Source as Source
@@ -227,16 +227,6 @@ FREE_SETTINGS = frozenset(
 )
 
 
-PATHS = (
-    "model.name_or_path",
-    "model.chat_template",
-    "lora.init_from",
-    "data.train",
-    "data.validation",
-    "data.test",
-)
-
-
 def trajectory(config: Config) -> dict[str, Any]:
     """`section.field` -> value of every setting that alters what is learned.
 
@@ -262,7 +252,7 @@ def trajectory_hash(config: Config) -> str:
 def changed_settings(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
     """`section.field` -> (before, after) of the trajectory's settings that differ; a path may be relative in one."""
     old, new = trajectory(before), trajectory(after)
-    changed = [name for name in old if name in new and _absolute(name, new[name]) != _absolute(name, old[name])]
+    changed = [name for name in old if name in new and absolute(name, new[name]) != absolute(name, old[name])]
     told = {"data.test": (before.as_dict()["data"]["test"], after.as_dict()["data"]["test"])}
     pairs = {name: told.get(name, (old[name], new[name])) for name in changed}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
@@ -273,31 +263,8 @@ def with_absolute_paths(config: Config) -> Config:
     values = config.as_dict()
     for setting in PATHS:
         section, _, name = setting.partition(".")
-        values[section][name] = _absolute(setting, values[section][name], only_existing=True)
+        values[section][name] = absolute(setting, values[section][name], only_existing=True)
     return Config.model_validate(values)
-
-
-def _absolute(setting: str, value: Any, *, only_existing: bool = False) -> Any:
-    if setting not in PATHS:
-        return value
-    if isinstance(value, list):
-        return [_absolute_source(setting, each, only_existing) for each in value]
-    if isinstance(value, dict):
-        return {name: _absolute(setting, each, only_existing=only_existing) for name, each in value.items()}
-    if not isinstance(value, str):
-        return value
-    path = Path(value).expanduser() if value.startswith("~/") else Path(value)
-    is_pattern = setting.startswith("data.") and any(character in value for character in "*?[")
-    exists = os.path.isdir if setting == "model.name_or_path" else os.path.exists  # of text too long for a name too
-    return value if only_existing and not is_pattern and not exists(path) else str(path.absolute())
-
-
-def _absolute_source(setting: str, source: Mapping[str, Any], only_existing: bool) -> dict[str, Any]:
-    named = {**source, "path": _absolute(setting, source["path"], only_existing=only_existing)}
-    file, colon, function = (source.get("reader") or "").rpartition(":")
-    if colon:
-        named["reader"] = _absolute(setting, file, only_existing=only_existing) + colon + function
-    return named
 
 
 def _flat(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

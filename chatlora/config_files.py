@@ -11,7 +11,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from chatlora.config import PATHS, Config
+from chatlora.config import Config
+from chatlora.config_paths import PATHS
 from chatlora.errors import ConfigError, did_you_mean
 from chatlora.settings import all_settings, known_settings, nearest, settings_text
 from chatlora.yaml_text import parse_yaml, shortened

@@ -88,12 +88,12 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 RANDOM_BY_HAND = {"gpt-oss": ("sinks",)}  # what a random model has at 0 and a trained one has not
 
 
-def build_base(family: str) -> PreTrainedModel:
-    """A random model in fp32; the same for the same family."""
+def build_base(family: str, **more: Any) -> PreTrainedModel:
+    """A random model in fp32; the same for the same family. more: what differs from its shape besides."""
     torch.manual_seed(0)
     stem, config, changes = FAMILIES[family]
     build: Callable[..., PreTrainedModel] = getattr(transformers, f"{stem}ForCausalLM")
-    model = build(getattr(transformers, config)(**{**SHAPE, **changes}))
+    model = build(getattr(transformers, config)(**{**SHAPE, **changes, **more}))
     for name, parameter in model.named_parameters():
         if name.endswith(RANDOM_BY_HAND.get(family, ())) and family in RANDOM_BY_HAND:
             torch.nn.init.normal_(parameter)

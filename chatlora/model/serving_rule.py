@@ -53,20 +53,13 @@ def why_base_moved(base: PreTrainedModel) -> str | None:
     Half a sentence where they are not. A tensor that the checkpoint has in another form, quantised for one, is passed
     over, and so is a model that is of no checkpoint.
     """
-    adapted = {name for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    kinds: dict[str, list[str]] = {}
-    for name, _ in base.named_parameters():
-        layer = name.split(WRAPPED)[0]
-        if layer in adapted and ".lora_" not in name and not name.endswith(".bias"):
-            kinds.setdefault(kind_of(name), []).append(name)
     shards = _shards(base) if base.name_or_path else {}
     parameters = dict(base.named_parameters())
-    for names in kinds.values():
-        for name in dict.fromkeys((names[0], names[-1])):
-            here = revert_weight_conversion(base, {name.replace(WRAPPED, ""): parameters[name].detach()})
-            for stored, tensor in here.items():
-                if stored in shards and _differs(shards[stored], stored, tensor):
-                    return f"the base's own {stored} is another one than in {base.name_or_path}, which servers load"
+    for name in _sample(base):
+        here = revert_weight_conversion(base, {name.replace(WRAPPED, ""): parameters[name].detach()})
+        moved = [stored for stored in here.keys() & shards.keys() if _differs(shards[stored], stored, here[stored])]
+        if moved:
+            return f"the base's own {min(moved)} is another one than in {base.name_or_path}, which servers load"
     return None
 
 
@@ -132,6 +125,16 @@ def _delta(layer: LoraLayer, plain: torch.Tensor, parts: Mapping[str, torch.Tens
     experts = plain.shape[0]
     each = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1) @ a.reshape(experts, -1, a.shape[1])
     return each if getattr(layer, "_did_swap_in_out_features", True) else each.transpose(1, 2)
+
+
+def _sample(base: PreTrainedModel) -> list[str]:
+    """Weights under an adapter: of each kind of layer, the first and the last."""
+    adapted = {name for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    kinds: dict[str, list[str]] = {}
+    for name, _ in base.named_parameters():
+        if name.split(WRAPPED)[0] in adapted and ".lora_" not in name and not name.endswith(".bias"):
+            kinds.setdefault(kind_of(name), []).append(name)
+    return list(dict.fromkeys(name for names in kinds.values() for name in (names[0], names[-1])))
 
 
 def _shards(base: PreTrainedModel) -> dict[str, Path]:

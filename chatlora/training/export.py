@@ -14,12 +14,12 @@ from chatlora.disk import written_beside
 from chatlora.distributed.memory import NOT_EXPORTED, out_of_memory_told
 from chatlora.distributed.runtime import Runtime
 from chatlora.errors import ModelError
+from chatlora.model.adapter_check import why_not_served
 from chatlora.model.adapter_folder import (
     save_adapter,
     save_generation_config,
     save_template_settings,
     served_class,
-    why_not_served,
 )
 from chatlora.model.servers import not_taken_in
 from chatlora.rendering.renderer import Renderer

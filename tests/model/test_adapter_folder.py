@@ -22,7 +22,8 @@ from transformers import (
 from chatlora.config import LoraConfig, ModelConfig
 from chatlora.data.collate import pad_right
 from chatlora.errors import ConfigError, ModelError
-from chatlora.model.adapter_folder import WEIGHTS, save_adapter, served_class, why_not_served
+from chatlora.model.adapter_check import why_not_served
+from chatlora.model.adapter_folder import WEIGHTS, save_adapter, served_class
 from chatlora.model.loading import load_adapter, load_base_model, load_for_inference, load_tokenizer
 from chatlora.model.lora import add_lora, trainable
 from chatlora.model.lora_init import init_fingerprint, start_from
@@ -136,6 +137,26 @@ def test_train_py_leaves_an_adapter_that_the_multimodal_model_takes(run: Callabl
     assert "Qwen3_5ForConditionalGeneration.from_pretrained" in (folder / "adapter" / "README.md").read_text()
     ours, _ = load_for_inference(folder)
     assert float((logits(ours) - opened).norm() / alone.norm()) < 1e-5
+
+
+def test_train_py_writes_experts_as_servers_take_them_and_says_who_refuses(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
+    tokenizer = tiny_tokenizer()
+    for family, single in (("Qwen3-MoE", True), ("gpt-oss", False)):
+        checkpoint = tmp_path / family
+        build_base(family, vocab_size=len(tokenizer)).save_pretrained(checkpoint)
+        tokenizer.save_pretrained(checkpoint)
+        flags = ("--lora.dropout", "0", "--lora.variant", "rslora", "--optim.max_steps", "2")
+        folder = run("--model.name_or_path", str(checkpoint), *flags, name=family)
+        names = load_file(folder / "adapter" / WEIGHTS).keys()
+        assert any(".mlp.experts.3.gate_proj.lora_A" in name for name in names) == single
+        settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+        assert (settings["use_rslora"], settings["rank_pattern"], settings["r"]) == (False, {}, 4)
+        model, _ = load_for_inference(folder)
+        with model.disable_adapter():  # type: ignore[operator]
+            alone = logits(model)
+        assert float((logits(model) - alone).norm() / alone.norm()) > 1e-4
 
 
 def test_under_the_trained_classs_names_a_server_ignores_the_adapter_and_the_check_says_so(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from chatlora.config import ExpertFormat, LoraConfig, ModelConfig
 from chatlora.errors import ModelError
-from chatlora.model.adapter_folder import WEIGHTS, save_adapter, why_not_served
+from chatlora.model.adapter_check import why_not_served
+from chatlora.model.adapter_folder import WEIGHTS, save_adapter
 from chatlora.model.loading import load_base_model
 from chatlora.model.lora import add_lora
 from chatlora.model.lora_init import start_from
