@@ -14,7 +14,7 @@ PACKAGE = REPOSITORY / "chatlora"
 # From the ground up. A room imports from its own layer and from those below it.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "cache", "disk", "hub", "progress", "scripts", "terminal"}),
-    frozenset({"config", "config_rows", "config_files", "settings", "yaml_text"}),
+    frozenset({"config", "config_rows", "config_files", "config_paths", "settings", "yaml_text"}),
     frozenset({"checkpoint_names", "run_log", "run_directory", "run_lock", "embedded_model"}),
     frozenset({"reading"}),
     frozenset({"rendering"}),

@@ -100,6 +100,28 @@ def test_b_learns_at_its_own_rate_and_the_run_resumes_to_the_bit(
     assert logged[0] == logged[1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["fsdp2", "zero3"])
+def test_dora_is_refused_where_an_engine_spreads_the_base(
+    server: ForkServer, argv: list[str], tmp_path: Path, config: str
+) -> None:
+    argv = [*argv, "--lora.variant", "dora"]
+    assert server.run(argv, tmp_path, ranks=2, environment=environment_of(config)) == [2, 2]
+    assert f"lora.variant is dora, which reads the base's weights past {config}" in server.log.read_text()
+
+
+@pytest.mark.parametrize("config", [None, slow(("zero2",))])
+def test_a_dora_run_resumes_to_the_bit(server: ForkServer, argv: list[str], tmp_path: Path, config: str | None) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    argv = [*argv, "--lora.variant", "dora"]
+    run(server, argv, whole, config, "")
+    run(server, argv, killed, config, "", at=At("SIGKILL", STEP, 4))
+    run(server, argv, killed, config, "")
+    assert differences(killed / "run", outcome(whole / "run")) == []
+    lengths = [name for name in newest(whole / "run").adapter if "lora_magnitude_vector" in name]
+    assert len(lengths) == 14
+
+
 UNROUNDED = "torch.Tensor.bfloat16 = torch.Tensor.clone\n"  # Muon's products in fp32: what is left is no rounding
 BY_PIECE = """
 from torch.distributed.tensor import DTensor
