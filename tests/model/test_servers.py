@@ -82,6 +82,10 @@ def errors(family: str, adapter: Adapter, trained: torch.Tensor) -> dict[str, fl
     return found
 
 
+def slow(family: str) -> Any:
+    return pytest.param(family, marks=pytest.mark.slow)
+
+
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
@@ -128,7 +132,9 @@ def test_single_experts_of_a_family_without_any_are_refused_before_training() ->
         add_lora(build_base("gpt-oss"), LoraConfig(expert_format="per_expert"), seed=0)
 
 
-@pytest.mark.parametrize("family", WITH_EXPERTS)
+@pytest.mark.parametrize(
+    "family", ["Mixtral", "Granite-4 hybrid", *map(slow, ("Qwen3-MoE", "Qwen3-Next", "DeepSeek-V3", "gpt-oss"))]
+)
 def test_peft_alone_opens_what_auto_writes(family: str, tmp_path: Path) -> None:
     """And nothing is opened as less than it is without the export's word."""
     model = adapted(family, "plain")
