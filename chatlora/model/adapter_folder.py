@@ -178,7 +178,9 @@ def skeleton_of(base: PreTrainedModel) -> PreTrainedModel:
     """The served model on the meta device: names and shapes, no memory."""
     served, config = _served(base)
     with torch.device("meta"):
-        return served(config)
+        skeleton = served(config)
+    skeleton.name_or_path = ""  # its names are the served ones: there is nothing to look up
+    return skeleton
 
 
 def _prefixes(base: PreTrainedModel) -> tuple[str, str]:
