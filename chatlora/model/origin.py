@@ -1,4 +1,4 @@
-"""What is publicly known of a base model and of data: hub ids, a licence, names without paths. Only what something here says; nothing is guessed.
+"""What is publicly known of a base model and of data: hub ids, a licence, names without paths. Nothing is guessed.
 
 A folder has a hub id where it lies in the hub's local cache, which names its folders after it. What stands elsewhere is
 no proof: `_name_or_path` in a config.json and `base_model` in a README name what a model was made *from*.
@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from chatlora.config import ModelConfig
 from chatlora.embedded_model import EMBEDDED, source_of
@@ -54,13 +54,13 @@ def public_name(path: str) -> str:
 
 
 def hub_data(path: str) -> str | None:
-    """The hub id of a source in a run's ledger, which names by an absolute path, or a pattern, what is on this machine."""
+    """The hub id of a source in a run's ledger, where all that is on this machine is an absolute path or a pattern."""
     hub_id = path.partition(":")[0]  # OWNER/NAME:CONFIG
     return None if path.startswith(EMBEDDED) or Path(path).exists() or not is_hub_id(hub_id) else hub_id
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether the hub could have something of this name: its form alone. None is asked, and a folder may be named so."""
+    """Whether the hub could have something of this name: by its form alone. A folder may be named so, too."""
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -13,6 +13,7 @@ import yaml
 
 from chatlora.config import Config
 from chatlora.model.origin import Origin, hub_data, origin_of, public_name
+from chatlora.run_directory import RunDirectory
 from chatlora.run_log import LOG, VALIDATION, read_log
 from chatlora.training.card_scores import CARD, END, NONE_YET, START, scores_of, with_scores
 
@@ -26,7 +27,7 @@ BEFORE_PUBLISHING = {  # in comments of the metadata, which no page shows
 
 
 def write_card(
-    folder: Path, config: Config, run: Path, step: int, base_class: str, template_kwargs: Mapping[str, Any]
+    folder: Path, config: Config, run: RunDirectory, step: int, base_class: str, template_kwargs: Mapping[str, Any]
 ) -> None:
     """README.md in `folder`, beside all else that an adapter of this run has.
 
@@ -34,7 +35,7 @@ def write_card(
     """
     origin = origin_of(config.model)
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    ledger = json.loads((run / "ledger.json").read_text(encoding="utf-8"))
+    ledger = json.loads((run.path / "ledger.json").read_text(encoding="utf-8"))
     parts = [
         f"---\n{_metadata(origin, settings, [source['path'] for source in ledger['sources']])}---",
         f"# LoRA adapter for {origin.name}",
@@ -44,7 +45,7 @@ def write_card(
         f"## Scores\n\n{START}\n{NONE_YET}\n{END}",
         f"## Use\n\n{_use(settings, origin, base_class, template_kwargs, config.data.system)}",
     ]
-    card = with_scores("\n\n".join(parts) + "\n", run.absolute().name, scores_of(run, folder))
+    card = with_scores("\n\n".join(parts) + "\n", run.path.absolute().name, scores_of(run.path, folder))
     (folder / CARD).write_text(card, encoding="utf-8")
 
 
@@ -52,7 +53,7 @@ def _metadata(origin: Origin, settings: Mapping[str, Any], sources: Sequence[str
     """YAML as the hub takes it; what is not known stands in comments."""
     known = {"base_model": origin.hub_id, **origin.licence}
     data = sorted({hub_id for path in sources if (hub_id := hub_data(path))})
-    values = {name: value for name, value in known.items() if value}
+    values: dict[str, Any] = {name: value for name, value in known.items() if value}
     values |= {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "chatlora"]}
     values |= {"datasets": data} if data else {}
     told = values if settings["base_model_name_or_path"] != origin.hub_id else {*values, "adapter_config.json"}
@@ -68,24 +69,26 @@ def _made_from(origin: Origin) -> str:
     return f"The base is {link}." if origin.name == origin.hub_id else f"The base is {origin.name}, made from {link}."
 
 
-def _made_how(config: Config, run: Path, step: int) -> str:
+def _made_how(config: Config, run: RunDirectory, step: int) -> str:
     lora, optim = config.lora, config.optim
-    steps, validations = read_log(run / LOG), read_log(run / VALIDATION)
+    steps, validations = read_log(run.path / LOG), read_log(run.path / VALIDATION)
     layers = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
     settings = {
         "LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}, {lora.variant or 'plain'}, dropout {lora.dropout:g}",
         "layers": f"`{layers}`",
-        "steps": f"{len(steps):,} of {optim.global_batch_size:,} examples, {steps[-1]['epoch']:g} epochs; this is the "
-        f"adapter of step {step:,}",
-        "AdamW": f"learning rate {optim.learning_rate:g}, {optim.schedule}, {optim.warmup_ratio:g} of the steps to warm "
-        f"up, weight decay {optim.weight_decay:g}, gradients up to norm {optim.max_grad_norm:g}",
+        "steps": f"{len(steps):,} of {optim.global_batch_size:,} examples, {steps[-1]['epoch']:g} epochs",
+        "this adapter": f"that of step {step:,}",
+        "AdamW": f"learning rate {optim.learning_rate:g}, {optim.schedule}, warm-up {optim.warmup_ratio:.0%}, "
+        f"weight decay {optim.weight_decay:g}, gradients up to norm {optim.max_grad_norm:g}",
         "rows": f"up to {config.data.max_length:,} tokens ({config.data.over_length}), targets in {_targets(config)}",
         "last training loss": f"{steps[-1]['loss']:.4f} nats a target",
     }
-    if validations:
-        best = min(validations, key=lambda line: (line["loss"] != line["loss"], line["loss"]))
+    losses = {line["step"]: line["loss"] for line in validations}
+    best = run.best_step()
+    if best is not None:
+        last = validations[-1]["loss"]
         settings["validation loss"] = (
-            f"{validations[-1]['loss']:.4f} nats a target at the end, best {best['loss']:.4f} after step {best['step']:,}"
+            f"{last:.4f} nats a target at the end, best {losses[best]:.4f} after step {best:,}"
         )
     told = "Trained with chatlora on what the assistant says in conversations, and the tokens that end it.\n\n"
     return told + _table(("setting", "value"), [tuple(pair) for pair in settings.items()])
@@ -129,8 +132,8 @@ def _use(
 chatlora chat {base} --adapter .
 ```
 
-`chatlora merge RUN DST` makes one model of adapter and base, for whatever takes no adapters. Tokenizer and chat template
-here are those of training, and `generation_config.json` names every stop token."""
+`chatlora merge RUN DST` makes one model of adapter and base, for whatever takes no adapters. Tokenizer and chat
+template here are those of training, and `generation_config.json` names every stop token."""
 
 
 def _python(base_class: str, template_kwargs: Mapping[str, Any], system: str | None) -> str:

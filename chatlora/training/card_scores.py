@@ -134,9 +134,11 @@ def _with_index(card: str, model_name: str, results: list[dict[str, Any]]) -> st
         index = _index(before.get("model-index"), model_name, results)
     except (TypeError, ValueError, KeyError):  # it is of another form: whoever wrote it knows why
         return card
-    block = yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True) if index else ""
+    made = {"model-index": index} if index else {}
+    block = yaml.safe_dump(made, sort_keys=False, allow_unicode=True) if made else ""
     new = card[: found.start(1)] + INDEX.sub("", found.group(1)) + block + card[found.end(1) :]
-    return new if front_matter(new) == before | ({"model-index": index} if index else {}) else card
+    wanted = {name: value for name, value in before.items() if name != "model-index"} | made
+    return new if front_matter(new) == wanted else card
 
 
 def _index(there: Any, model_name: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:

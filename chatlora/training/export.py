@@ -55,7 +55,7 @@ def export_adapter(
             tokenizer.save_pretrained(beside)
             save_template_settings(beside, renderer.chat_template_kwargs, config.model.chat_template_date)
             save_generation_config(base, renderer.stop_ids, beside)
-            write_card(beside, config, run.path, step, served_class(base).__name__, renderer.chat_template_kwargs)
+            write_card(beside, config, run, step, served_class(base).__name__, renderer.chat_template_kwargs)
         fault = why_not_served(adapted, weights, folder, runtime.autocast_dtype)
         if fault:
             raise ModelError(
