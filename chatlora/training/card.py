@@ -130,10 +130,10 @@ def _use(
 ```bash
 {_vllm(settings, base, template_kwargs)}
 chatlora chat {base} --adapter .
+chatlora merge . ../merged --base {base}  # one model, for whatever takes no adapters
 ```
 
-`chatlora merge RUN DST` makes one model of adapter and base, for whatever takes no adapters. Tokenizer and chat
-template here are those of training, and `generation_config.json` names every stop token."""
+Tokenizer and chat template here are those of training, and `generation_config.json` names every stop token."""
 
 
 def _python(base_class: str, template_kwargs: Mapping[str, Any], system: str | None) -> str:
