@@ -134,7 +134,7 @@ def test_six_commands_lead_from_rows_to_a_merged_model(
     for words in lines:
         dispatch(words[1:])
         told = capsys.readouterr()
-        assert told.out, words
+        assert told.out or told.err, words
     scores = json.loads((tmp_path / "runs/my/eval/test/scores.json").read_text(encoding="utf-8"))
     assert scores["samples"] > 10
     assert "| rouge-1 |" in (tmp_path / "runs/my/adapter/README.md").read_text(encoding="utf-8")

@@ -105,6 +105,11 @@ def test_its_lines_say_what_evaluate_says_and_nothing_private_is_beside_it(
     settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert settings.pop("base_model_name_or_path") == base  # whoever loads the adapter by its folder needs it
     assert base not in json.dumps(settings)
+    published = shutil.copytree(folder / "adapter", tmp_path / "published")  # as docs/serving.md says
+    (published / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "Org/M"}))
+    assert private_in(published, *secrets) == {}
+    (published / "left.txt").write_bytes(str(world).encode())
+    assert list(private_in(published, *secrets)) == ["left.txt"]
 
     data = read(text)
     assert data.base_model is None
