@@ -1,11 +1,12 @@
 """The card of an adapter: what it was made from and how, its scores, and the lines that use it.
 
 It is made to be published: a base or data on this machine are called by their names, never by their paths, and what is
-not known is left out of the metadata. No torch.
+not known is left out of the metadata.
 """
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from chatlora.config import Config
 from chatlora.model.origin import Origin, hub_data, origin_of, public_name
+from chatlora.model.servers import MIXED_FLAG
 from chatlora.run_directory import RunDirectory
 from chatlora.run_log import LOG, VALIDATION, read_log
 from chatlora.training.card_scores import CARD, END, NONE_YET, START, scores_of, with_scores
@@ -26,13 +28,21 @@ BEFORE_PUBLISHING = {  # in comments of the metadata, which no page shows
 }
 
 
-def write_card(
-    folder: Path, config: Config, run: RunDirectory, step: int, base_class: str, template_kwargs: Mapping[str, Any]
-) -> None:
-    """README.md in `folder`, beside all else that an adapter of this run has.
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What those who use an adapter must know.
 
-    step: whose weights these are. base_class: the class of transformers whose names of layers the adapter has.
+    base_class: the class of transformers whose names of layers it has. template_kwargs: what the template was told.
+    servers: which do something else than serve it as it is, and what.
     """
+
+    base_class: str
+    template_kwargs: Mapping[str, Any]
+    servers: Mapping[str, str]
+
+
+def write_card(folder: Path, config: Config, run: RunDirectory, step: int, use: Use) -> None:
+    """README.md in `folder`, beside all else that an adapter of this run has. step: whose weights these are."""
     origin = origin_of(config.model)
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     ledger = json.loads((run.path / "ledger.json").read_text(encoding="utf-8"))
@@ -43,7 +53,7 @@ def write_card(
         _made_how(config, run, step),
         _data_table(ledger["sources"]),
         f"## Scores\n\n{START}\n{NONE_YET}\n{END}",
-        f"## Use\n\n{_use(settings, origin, base_class, template_kwargs, config.data.system)}",
+        f"## Use\n\n{_use(settings, origin, use, config.data.system)}",
     ]
     card = with_scores("\n\n".join(parts) + "\n", run.path.absolute().name, scores_of(run.path, folder))
     (folder / CARD).write_text(card, encoding="utf-8")
@@ -112,40 +122,36 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("| --- ", "|---").replace("--- |", "---|")
 
 
-def _use(
-    settings: Mapping[str, Any],
-    origin: Origin,
-    base_class: str,
-    template_kwargs: Mapping[str, Any],
-    system: str | None,
-) -> str:
+def _use(settings: Mapping[str, Any], origin: Origin, use: Use, system: str | None) -> str:
     base = origin.hub_id if origin.hub_id == origin.name else "BASE"
     what = "" if base != "BASE" else "`BASE` is the folder of the base model. "
+    servers = "".join(f"- {server} {told}\n" for server, told in use.servers.items())
     return f"""{what}All lines are run in this folder.
 
 ```python
-{_python(base_class, template_kwargs, system)}
+{_python(use, system)}
 ```
 
 ```bash
-{_vllm(settings, base, template_kwargs)}
+{_vllm(settings, base, use)}
 chatlora chat {base} --adapter .
 chatlora merge . ../merged --base {base}  # one model, for whatever takes no adapters
 ```
 
+{servers}
 Tokenizer and chat template here are those of training, and `generation_config.json` names every stop token."""
 
 
-def _python(base_class: str, template_kwargs: Mapping[str, Any], system: str | None) -> str:
+def _python(use: Use, system: str | None) -> str:
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": "Who are you?"})
-    given = "".join(f", {name}={value!r}" for name, value in template_kwargs.items())
+    given = "".join(f", {name}={value!r}" for name, value in use.template_kwargs.items())
     return f"""from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, GenerationConfig, {base_class}
+from transformers import AutoTokenizer, GenerationConfig, {use.base_class}
 
 adapter = "."
 trained = PeftConfig.from_pretrained(adapter)
-base = {base_class}.from_pretrained(trained.base_model_name_or_path, revision=trained.revision)
+base = {use.base_class}.from_pretrained(trained.base_model_name_or_path, revision=trained.revision)
 stops = GenerationConfig.from_pretrained(adapter).eos_token_id
 base.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=stops[0], max_new_tokens=512)  # greedy
 model = PeftModel.from_pretrained(base, adapter).eval()
@@ -159,13 +165,15 @@ answer = model.generate(**prompt)[0, prompt["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
 
 
-def _vllm(settings: Mapping[str, Any], base: str, template_kwargs: Mapping[str, Any]) -> str:
+def _vllm(settings: Mapping[str, Any], base: str, use: Use) -> str:
     rank = max([settings["r"], *settings["rank_pattern"].values()])
     allowed = next((each for each in VLLM_RANKS if each >= rank), None)
-    if allowed is None:
-        return f"# vLLM takes no rank beyond {VLLM_RANKS[-1]}, and this one is {rank}: merge it"
-    kwargs = f" --default-chat-template-kwargs '{json.dumps(template_kwargs)}'" if template_kwargs else ""
+    if settings["use_dora"] or allowed is None:
+        what = "DoRA adapter" if settings["use_dora"] else f"rank beyond {VLLM_RANKS[-1]}"
+        return f"# vLLM takes no {what}: serve what `chatlora merge` makes"
+    mixed = f" {MIXED_FLAG}" if MIXED_FLAG in use.servers.get("vLLM", "") else ""
+    kwargs = f" --default-chat-template-kwargs '{json.dumps(use.template_kwargs)}'" if use.template_kwargs else ""
     return (
-        f"vllm serve {base} --enable-lora --max-lora-rank {allowed} --lora-modules adapter=. \\\n"
+        f"vllm serve {base} --enable-lora --max-lora-rank {allowed}{mixed} --lora-modules adapter=. \\\n"
         f"    --chat-template chat_template.jinja --generation-config .{kwargs}"
     )

@@ -23,7 +23,7 @@ from chatlora.model.adapter_folder import (
 from chatlora.model.servers import not_taken_in
 from chatlora.rendering.renderer import Renderer
 from chatlora.run_directory import RunDirectory
-from chatlora.training.card import write_card
+from chatlora.training.card import Use, write_card
 from chatlora.training.checkpoint import read_checkpoint, why_broken
 from chatlora.training.state import gather_adapter, let_go
 
@@ -55,7 +55,8 @@ def export_adapter(
             tokenizer.save_pretrained(beside)
             save_template_settings(beside, renderer.chat_template_kwargs, config.model.chat_template_date)
             save_generation_config(base, renderer.stop_ids, beside)
-            write_card(beside, config, run, step, served_class(base).__name__, renderer.chat_template_kwargs)
+            use = Use(served_class(base).__name__, renderer.chat_template_kwargs, not_taken_in(base, beside))
+            write_card(beside, config, run, step, use)
         fault = why_not_served(adapted, weights, folder, runtime.autocast_dtype)
         if fault:
             raise ModelError(

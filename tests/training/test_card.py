@@ -9,18 +9,22 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 import evaluate
-from chatlora.config import ModelConfig
+from chatlora.config import LoraConfig, ModelConfig
 from chatlora.disk import sha256_of
+from chatlora.model.adapter_folder import save_adapter
+from chatlora.model.lora import add_lora, trainable
 from chatlora.model.origin import Origin, hub_data, origin_of, public_name
+from chatlora.model.servers import MIXED_FLAG, not_taken_in
 from chatlora.training import card
 from chatlora.training.card_scores import END, NONE_YET, START, refresh_cards, scores_of, with_scores
+from tests.model_families import build_base
 from tests.tiny_models import CHATML
 
 TONES = "{{ tone | default('none') }}\n" + CHATML
@@ -192,12 +196,33 @@ def test_the_hub_library_reads_the_metadata(origin: Origin, known: dict[str, str
 
 @pytest.mark.parametrize(("rank", "flag"), [(1, "1"), (4, "8"), (16, "16"), (20, "32"), (300, "320"), (600, None)])
 def test_vllm_is_told_a_rank_that_it_takes(rank: int, flag: str | None) -> None:
-    line = card._vllm({"r": 1, "rank_pattern": {"experts": rank}}, "Org/M", {"enable_thinking": False})
+    settings = {"r": 1, "rank_pattern": {"experts": rank}, "use_dora": False}
+    line = card._vllm(settings, "Org/M", card.Use("", {"enable_thinking": False}, {}))
     if flag is None:
-        assert "merge it" in line
+        assert "no rank beyond 512" in line
         return
-    assert f"--max-lora-rank {flag} " in line
+    assert f"--max-lora-rank {flag} --lora" in line
     assert """--default-chat-template-kwargs '{"enable_thinking": false}'""" in line
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "line", "said"),
+    [
+        ("Llama", None, "vllm serve BASE --enable-lora --max-lora-rank 8 --lora-modules", []),
+        ("Llama", "dora", "# vLLM takes no DoRA adapter", ["vLLM", "SGLang", "llama.cpp"]),
+        ("Granite-4 hybrid", None, f"--max-lora-rank 8 {MIXED_FLAG} --lora-modules", ["SGLang", "llama.cpp", "vLLM"]),
+        ("Qwen3-MoE", None, "vllm serve BASE --enable-lora --max-lora-rank 8 --lora-modules", []),
+    ],
+)
+def test_servers_that_take_it_otherwise_are_named(
+    family: str, variant: Literal["dora"] | None, line: str, said: list[str], tmp_path: Path
+) -> None:
+    model = add_lora(build_base(family), LoraConfig(rank=4, variant=variant), seed=0)
+    save_adapter(model, dict(trainable(model)), tmp_path)
+    use = card.Use("AnyClass", {}, not_taken_in(model.get_base_model(), tmp_path))
+    told = card._use(json.loads((tmp_path / "adapter_config.json").read_text()), Origin("tiny"), use, None)
+    assert line in told
+    assert re.findall(r"^- (\S+) ", told, re.MULTILINE) == said
 
 
 # ---- scores
