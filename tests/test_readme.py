@@ -6,6 +6,7 @@
 import ast
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -126,6 +127,7 @@ def test_six_commands_lead_from_rows_to_a_merged_model(
     assert shlex.join(install) in text.partition("## Six commands")[0]  # of the lines that .ci/run runs
     assert [words[1] for words in lines] == ["inspect", "train", "evaluate", "chat", "merge"]
 
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})  # one thread: tests run side by side
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CHATLORA_CACHE", str(tmp_path / "cache"))
     make_base(tmp_path / "base")
