@@ -132,7 +132,7 @@ def test_six_commands_lead_from_rows_to_a_merged_model(
     monkeypatch.setenv("CHATLORA_CACHE", str(tmp_path / "cache"))
     make_base(tmp_path / "base")
     make_rows(tmp_path / "my.jsonl", 200)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Where is Oslo?\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Where is Oslo?\n")))  # chat is told by a pipe
     for words in lines:
         dispatch(words[1:])
         told = capsys.readouterr()

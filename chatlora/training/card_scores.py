@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from chatlora.disk import sha256_of, write_text
+from chatlora.disk import name_beside, settle, sha256_of, sync
 from chatlora.model.origin import FRONT_MATTER, front_matter, public_name
 
 CARD, WEIGHTS = "README.md", "adapter_model.safetensors"
@@ -52,9 +52,20 @@ def refresh_cards(run: Path) -> list[Path]:
         text = card.read_bytes().decode("utf-8")  # line ends as they are
         new = with_scores(text, run.absolute().name, scores_of(run, card.parent))
         if new != text:
-            write_text(card, new)
+            _replace(card, new, name_beside(run / CARD))
             changed.append(card)
     return changed
+
+
+def _replace(card: Path, text: str, beside: Path) -> None:
+    """Whole or not at all. beside: in the run, so that a kill leaves no file with a host's name where one publishes."""
+    try:
+        beside.write_bytes(text.encode("utf-8"))
+        settle(beside)
+        beside.replace(card)
+        sync(card.parent)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def scores_of(run: Path, adapter: Path) -> list[Scored]:

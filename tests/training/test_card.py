@@ -1,7 +1,9 @@
 """The card of an adapter: names in place of paths, metadata that the hub takes, lines that run, later scores."""
 
+import errno
 import getpass
 import json
+import os
 import platform
 import re
 import shutil
@@ -309,7 +311,22 @@ def test_scores_of_other_weights_or_in_broken_files_are_none_of_it(scored: Path)
     assert scores_of(scored, scored / "adapter") == []
 
 
-def test_a_card_that_cannot_be_written_costs_no_scores(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_card_as_it_was_and_no_litter(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        there.extend(str(path.relative_to(scored)) for path in scored.rglob(".*"))
+        raise OSError(errno.ENOSPC, "no space left")
+
+    before, there = {path: path.read_bytes() for path in scored.rglob("*") if path.is_file()}, list[str]()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="no space left"):
+            refresh_cards(scored)
+    assert {path: path.read_bytes() for path in scored.rglob("*") if path.is_file()} == before
+    (beside,) = there  # a killed process leaves it in the run, not in the folder that is published
+    assert "/" not in beside
+
+
+def test_a_card_that_cannot_be_written_costs_no_scores(scored: Path) -> None:
     from chatlora.evaluation.setup import _told_to_cards
 
     (scored / "adapter" / "README.md").write_bytes("Öl".encode("latin-1"))
