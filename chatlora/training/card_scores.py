@@ -1,6 +1,6 @@
 """The scores in an adapter's card: made anew from RUN/eval whenever there are new ones, all else left as it stands.
 
-No torch. A card is its owner's to edit. What is written here is the section between two marks and, of the metadata, the
+A card is its owner's to edit. What is written here is the section between two marks and, of the metadata, the
 results in `model-index` whose every metric has a signature; a card without the marks is left alone.
 """
 
