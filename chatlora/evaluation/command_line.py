@@ -51,9 +51,13 @@ class Request:
     predictions: Path | None = None
     adapter: Path | None = None
     split: str = "test"
-    of_run: bool = False
+    run_dir: Path | None = None  # whose adapter it is, or whose settings
     sources: tuple[Source, ...] = ()  # the rows to evaluate on
     compare_base: bool = False
+
+    @property
+    def of_run(self) -> bool:
+        return self.run_dir is not None
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -107,7 +111,7 @@ def parse(argv: Sequence[str]) -> Request:
         given.output_dir or home / (stem_of(sources[0].path) if given.data else split),
         adapter=adapter,
         split=split,
-        of_run=given.run_dir is not None,
+        run_dir=given.run_dir,
         sources=sources,
         compare_base=given.compare is not None,
     )

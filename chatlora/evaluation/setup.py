@@ -37,6 +37,7 @@ from chatlora.model.loading import load_adapter, load_base_model, load_tokenizer
 from chatlora.progress import Progress, print_line
 from chatlora.reading.scan import inputs_of, scan
 from chatlora.rendering.renderer import Renderer
+from chatlora.training.card_scores import refresh_cards
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,16 @@ def score_and_show(generation: Generation, request: Request) -> None:
     show_scores(console, scores)
     for name, folder in request.folders.items():
         console.print(f"{name}: written to {folder}", highlight=False, markup=False)
+    for line in () if request.run_dir is None else _told_to_cards(request.run_dir):
+        console.print(line, highlight=False, markup=False)
+
+
+def _told_to_cards(run_dir: Path) -> list[str]:
+    """The scores into the cards of the run's adapters. What came of it: no scores are lost for want of a card."""
+    try:
+        return [f"the scores are in the card {card}" for card in refresh_cards(run_dir)]
+    except (OSError, UnicodeDecodeError) as error:
+        return [f"the scores are not in the run's cards, which cannot be written: {error}"]
 
 
 def does_not_fit(budget: Budget) -> str:

@@ -13,7 +13,8 @@ from chatlora.model.experts import BY_HAND, SERVED_STACKED, expert_names, has_si
 
 MERGE = "merge it into the model"
 DORA = "takes no DoRA adapter"
-MIXED = "takes these experts when it is started with --enable-mixed-moe-lora-format"
+MIXED_FLAG = "--enable-mixed-moe-lora-format"
+MIXED = f"takes these experts when it is started with {MIXED_FLAG}"
 
 
 def not_taken_in(base: PreTrainedModel, folder: Path) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """What happens after the last step: the adapter, as others load it."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from chatlora.model.adapter_folder import (
 from chatlora.model.servers import not_taken_in
 from chatlora.rendering.renderer import Renderer
 from chatlora.run_directory import RunDirectory
-from chatlora.run_log import read_log
+from chatlora.training.card import Use, write_card
 from chatlora.training.checkpoint import read_checkpoint, why_broken
 from chatlora.training.state import gather_adapter, let_go
 
@@ -46,8 +45,8 @@ def export_adapter(
         return
     let_go(config.checkpoint, run)  # a kill may have come between the last save and this
 
-    def export(weights: dict[str, torch.Tensor], folder: Path) -> None:
-        """A PEFT adapter that is whole when it appears."""
+    def export(weights: dict[str, torch.Tensor], folder: Path, step: int) -> None:
+        """The PEFT adapter of a step, whole when it appears."""
         base = adapted.get_base_model()
         with written_beside(folder) as beside:
             save_adapter(adapted, weights, beside, config.lora.expert_format)
@@ -56,15 +55,15 @@ def export_adapter(
             tokenizer.save_pretrained(beside)
             save_template_settings(beside, renderer.chat_template_kwargs, config.model.chat_template_date)
             save_generation_config(base, renderer.stop_ids, beside)
-            card = model_card(config, run.path, served_class(base).__name__, base.name_or_path)
-            (beside / "README.md").write_text(card, encoding="utf-8")
+            use = Use(served_class(base).__name__, renderer.chat_template_kwargs, not_taken_in(base, beside))
+            write_card(beside, config, run, step, use)
         fault = why_not_served(adapted, weights, folder, runtime.autocast_dtype)
         if fault:
             raise ModelError(
                 f"the adapter in {folder} is not what was trained: {fault}; what is in {run.checkpoints} is"
             )
 
-    export(weights, run.adapter)
+    export(weights, run.adapter, run.step)
     run.say(f"the adapter is in {run.adapter}")
     for server, what in not_taken_in(adapted.get_base_model(), run.adapter).items():
         run.say(f"warning: {server} {what}")
@@ -75,53 +74,5 @@ def export_adapter(
         if fault:
             run.say(f"there is no adapter-best: {home} is broken: {fault}")
             return
-        export(read_checkpoint(home).adapter, run.path / "adapter-best")
+        export(read_checkpoint(home).adapter, run.path / "adapter-best", best)
         run.say(f"the adapter with the best validation loss, of step {best}, is in {run.path / 'adapter-best'}")
-
-
-def model_card(config: Config, run: Path, base_class: str, base_location: str) -> str:
-    """Markdown with the hub's metadata in front. Reads the run's ledger and logs.
-
-    base_class, base_location: the transformers class whose names of layers the adapter has, and what to load it from.
-    """
-    base_model = config.model.name_or_path
-    ledger = json.loads((run / "ledger.json").read_text(encoding="utf-8"))
-    steps = read_log(run / "log.jsonl")
-    validations = read_log(run / "validation.jsonl")
-    sources = "\n".join(
-        f"| {source['path']} | {source['rows_used']:,} | {source['rows_held_out']:,} | {len(source['set_aside']):,} "
-        f"| {source['turns']:,} | {source['targets']:,} |"
-        for source in ledger["sources"]
-    )
-    held_out = f", validation loss {validations[-1]['loss']:.4f} nats a target" if validations else ""
-    lora = config.lora
-    return f"""---
-base_model: {base_model}
-library_name: peft
-tags:
-- lora
-- chatlora
----
-
-# LoRA adapter for {base_model}
-
-Trained with chatlora on the assistant's turns of conversations: rank {lora.rank}, alpha {lora.alpha:g}, dropout
-{lora.dropout:g}, on {lora.target_modules}; {len(steps):,} steps of {config.optim.global_batch_size} examples at a peak
-learning rate of {config.optim.learning_rate:g} ({config.optim.schedule}).
-Last training loss {steps[-1]["loss"]:.4f}{held_out}.
-
-| data | rows used | held out | set aside | turns | targets |
-|---|---|---|---|---|---|
-{sources}
-
-```python
-from peft import PeftModel
-from transformers import AutoTokenizer, {base_class}
-
-base = {base_class}.from_pretrained("{base_location}")
-model = PeftModel.from_pretrained(base, "this folder")
-tokenizer = AutoTokenizer.from_pretrained("this folder")
-```
-
-The tokenizer and the chat template here are those of training; `generation_config.json` names every stop token.
-"""
