@@ -15,7 +15,7 @@ PACKAGE = REPOSITORY / "chatlora"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "cache", "disk", "hub", "progress", "scripts", "terminal"}),
     frozenset({"config", "config_rows", "config_files", "config_paths", "settings", "yaml_text"}),
-    frozenset({"checkpoint_names", "run_log", "run_directory", "run_lock", "embedded_model"}),
+    frozenset({"checkpoint_names", "run_log", "run_directory", "run_lock", "embedded_model", "weights"}),
     frozenset({"reading"}),
     frozenset({"rendering"}),
     frozenset({"data"}),
@@ -23,6 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"model"}),
     frozenset({"inspection"}),
     frozenset({"chatglm3", "training", "evaluation"}),
+    frozenset({"merging"}),
     frozenset({"commands", "__init__", "__main__"}),
 )
 WITHOUT_TORCH = (

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chatlora.chatglm3.naming import FUSED, MODULES
-from chatlora.chatglm3.shards import Shard, Stored, open_shard, write_safetensors
 from chatlora.disk import write_json, written_beside
 from chatlora.errors import ModelError
+from chatlora.weights.shards import Shard, Stored, open_shard, write_safetensors
 
 KEPT = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "task_type")
 MUST_BE_EMPTY = ("fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication")

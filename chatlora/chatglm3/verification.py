@@ -4,15 +4,15 @@ Every tensor is looked up by name in the table of known ones (naming.py), its sh
 read again from the finished files and hashed.
 """
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from chatlora.chatglm3.naming import INV_FREQ, Known
-from chatlora.chatglm3.shards import Shard, open_shard
 from chatlora.errors import ModelError
+from chatlora.weights.rewriting import few, sha256_in
+from chatlora.weights.shards import Shard, open_shard
 
 P_TUNING = "transformer.prefix_encoder"
 
@@ -114,16 +114,3 @@ def _source_differences(entry: Mapping[str, Any], file: Path, path: Path, shard:
                 f"{file}: {tensor} is not what it was when {path.name} was made from it (sha256): fetch it again, "
                 f"delete {path} and run the command again"
             )
-
-
-def few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def sha256_in(shard: Shard, names: Iterable[str]) -> str:
-    """The hash of the tensors' bytes, one after the other."""
-    digest = hashlib.sha256()
-    for name in names:
-        for piece in shard.read(name):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -20,6 +20,8 @@ from chatlora.errors import ModelError
 
 PIECE = 16 * 2**20  # bytes copied at a time
 SIZES = {"F32": 4, "F16": 2, "BF16": 2}  # bytes of a number; what else a checkpoint holds is quantised or no weight
+OTHER_SIZES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+OTHER_SIZES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -34,7 +36,11 @@ class Stored:
 
     @property
     def num_bytes(self) -> int:
-        return prod(self.shape) * SIZES[self.dtype]
+        return prod(self.shape) * size_of(self.dtype)
+
+
+def size_of(dtype: str) -> int:
+    return SIZES[dtype] if dtype in SIZES else OTHER_SIZES[dtype]
 
 
 class Shard(Protocol):
@@ -47,11 +53,14 @@ class Shard(Protocol):
 
 
 @contextmanager
-def open_shard(path: Path) -> Iterator[Shard]:
-    """Raises ModelError where the file is damaged, or holds what is not a plain weight."""
+def open_shard(path: Path, *, any_type: bool = False) -> Iterator[Shard]:
+    """Raises ModelError where the file is damaged, or holds what is not a plain weight.
+
+    any_type: of a safetensors file, tensors of every type are read.
+    """
     if path.suffix == ".safetensors":
         with path.open("rb") as file:
-            yield _SafetensorsShard(path, file)
+            yield _SafetensorsShard(path, file, SIZES | OTHER_SIZES if any_type else SIZES)
     else:
         yield _PickledShard(path)
 
@@ -85,7 +94,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 class _SafetensorsShard:
-    def __init__(self, path: Path, file: Any) -> None:
+    def __init__(self, path: Path, file: Any, known: Mapping[str, int]) -> None:
         self.file = file
         size = os.fstat(file.fileno()).st_size
         try:
@@ -100,7 +109,7 @@ class _SafetensorsShard:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{path}: is no safetensors file ({error}); fetch it again") from None
         begin = 8 + length
-        refuse_types(path, {name: dtype for name, (dtype, *_) in described.items()})
+        refuse_types(path, {name: dtype for name, (dtype, *_) in described.items()}, known)
         self.tensors = {}
         for name, (dtype, shape, start, end) in sorted(described.items(), key=lambda item: item[1][2]):
             stored = Stored(dtype, shape, begin + start)
@@ -169,9 +178,9 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def refuse_types(path: Path, types: Mapping[str, str]) -> None:
-    """Raises ModelError naming the tensors that are not of a floating type."""
-    odd = [f"{name} ({kind})" for name, kind in types.items() if kind not in SIZES]
+def refuse_types(path: Path, types: Mapping[str, str], known: Mapping[str, int] = SIZES) -> None:
+    """Raises ModelError naming the tensors that are of no `known` type: by default, of no floating one."""
+    odd = [f"{name} ({kind})" for name, kind in types.items() if kind not in known]
     if odd:
         raise ModelError(
             f"{path}: {len(odd)} tensors are not fp32, fp16 or bf16: {', '.join(odd[:5])}; quantised weights cannot be "
@@ -186,7 +195,7 @@ def write_safetensors(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, (dtype, shape) in tensors.items():
-        end = position + prod(shape) * SIZES[dtype]
+        end = position + prod(shape) * size_of(dtype)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     encoded = json.dumps(header, separators=(",", ":")).encode()

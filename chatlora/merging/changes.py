@@ -1,0 +1,155 @@
+"""What an adapter does to the weights of its base, one parameter at a time, in fp32.
+
+The scale of every module is PEFT's own: the adapter's settings are met on a model without memory, and PEFT says what
+it would multiply by. r: rank, E: experts of a stacked tensor.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, get_peft_model, load_peft_weights
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from chatlora.errors import ModelError
+from chatlora.model.lora import without_false_alarms
+from chatlora.model.targets import WRAPPED
+
+ADAPTER = "default"
+PREFIX = "base_model.model."
+
+# Settings of PEFT under which an adapter does more than to add B·A to a weight, each with what it does.
+MORE_THAN_A_PRODUCT = {
+    "modules_to_save": "it holds whole modules of its own",
+    "layer_replication": "it repeats layers of the base",
+    "lora_bias": "it holds biases of its own",
+    "trainable_token_indices": "it holds embeddings of its own",
+    "alora_invocation_tokens": "it works from a token on, not everywhere",
+    "use_qalora": "it works on inputs in groups",
+    "use_bdlora": "its factors are blocks",
+    "arrow_config": "it chooses among adapters",
+    "monteclora_config": "it draws its factors",
+    "kasa_config": "it has a third factor",
+    "velora_config": "it compresses its inputs",
+}
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # beginnings that take a part out of the base
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A parameter's change: `scale` times B·A, and for DoRA the length of every row made `magnitude` [out].
+
+    a: [r, in], b: [out, r]; of a stacked tensor [E, r, in] and [E, out, r]. is_input_first: the weight is [in, out].
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    is_input_first: bool
+    magnitude: torch.Tensor | None = None
+
+    def delta(self) -> torch.Tensor:
+        """In the parameter's shape."""
+        product = (self.b @ self.a) * self.scale
+        return product.transpose(-1, -2).contiguous() if self.is_input_first else product
+
+    def applied_to(self, weight: torch.Tensor) -> torch.Tensor:
+        """weight: in fp32."""
+        changed = weight + self.delta()
+        if self.magnitude is None:
+            return changed
+        length = torch.linalg.norm(changed, dim=0 if self.is_input_first else 1)
+        factor = self.magnitude / length
+        return changed * (factor if self.is_input_first else factor[:, None])
+
+
+def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter's tensors by PEFT's names, in fp32."""
+    return {name: tensor.float() for name, tensor in load_peft_weights(str(folder), device="cpu").items()}
+
+
+def changes_of(adapter: Path, skeleton: PreTrainedModel) -> dict[str, Change]:
+    """The changes by the name of the parameter in `skeleton`, a model of the served class on the meta device.
+
+    PEFT's layers are put into `skeleton`. Raises ModelError where the adapter is more than products, or another
+    model's.
+    """
+    refuse_more_than_products(adapter)
+    tensors = read_adapter(adapter)
+    settings = PeftConfig.from_pretrained(str(adapter))
+    settings.base_model_name_or_path = None  # PEFT warns where it is another name than the skeleton's
+    # The norms that DoRA begins with need weights, and here are none: only its names and scales are asked for.
+    has_magnitudes, settings.use_dora = bool(settings.use_dora), False
+    with torch.device("meta"), without_false_alarms():
+        opened = get_peft_model(skeleton, settings, low_cpu_mem_usage=True)
+    found: dict[str, Change] = {}
+    used: set[str] = set()
+    for name, module in opened.named_modules():
+        if isinstance(module, LoraLayer):
+            parameter, change, names = _change(name, module, tensors, has_magnitudes)
+            found[parameter] = change
+            used |= names
+    left = sorted(tensors.keys() - used)
+    if left:
+        raise ModelError(
+            f"the adapter {adapter} is another model's: {type(skeleton).__name__} has no place for {len(left)} of its "
+            f"tensors ({', '.join(left[:2])})"
+        )
+    return found
+
+
+def refuse_more_than_products(adapter: Path) -> None:
+    path = adapter / "adapter_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    faults = [f"{name}: {what}" for name, what in MORE_THAN_A_PRODUCT.items() if settings.get(name)]
+    if settings.get("peft_type") != "LORA":
+        faults.append(f"peft_type: it is {settings.get('peft_type')}, not LORA")
+    if settings.get("bias", "none") != "none":
+        faults.append(f"bias: it trains the base's biases ({settings['bias']})")
+    beginning = str(settings.get("init_lora_weights")).lower()
+    if beginning.startswith(CHANGE_THE_BASE):
+        faults.append(f"init_lora_weights: {beginning} belongs to a base that it changed itself")
+    if faults:
+        raise ModelError(*(f"{path}: cannot be merged: {fault}" for fault in faults))
+
+
+def _change(
+    name: str, module: LoraLayer, tensors: Mapping[str, torch.Tensor], has_magnitudes: bool
+) -> tuple[str, Change, set[str]]:
+    """The parameter's name, its change, and the names of the tensors that it is made of."""
+    is_embedding = bool(module.lora_embedding_A)
+    ends = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
+    names = [f"{name}.{end}" for end in ends]
+    if has_magnitudes:
+        names.append(f"{name}.lora_magnitude_vector")
+    missing = [each for each in names if each not in tensors]
+    if missing:
+        raise ModelError(f"the adapter lacks {missing[0]}, which its settings promise; copy it again")
+    a, b, *magnitude = (tensors[each] for each in names)
+    parameter = name.removeprefix(PREFIX).replace(WRAPPED, "")
+    is_input_first = is_embedding or bool(getattr(module, "fan_in_fan_out", False))
+    if isinstance(module, ParamWrapper):
+        parameter = f"{parameter}.{module.parameter_name}"
+        experts = module.num_experts
+        if experts > 1:  # as PEFT keeps them: A is [E·r, in], B is [out, r·E]
+            a, b = a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
+            is_input_first = not module._did_swap_in_out_features
+    else:
+        parameter = f"{parameter}.weight"
+    change = Change(a, b, float(module.scaling[ADAPTER]), is_input_first, magnitude[0] if magnitude else None)
+    return parameter, change, set(names)
+
+
+def skeleton_of(served: type[PreTrainedModel], config: object) -> PreTrainedModel:
+    """The model on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        model: PreTrainedModel = served(config)
+    return model
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
