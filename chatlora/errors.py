@@ -4,6 +4,7 @@ ChatLoraError            exit status 2: the user's mistake, told as one block wi
 ├── ConfigError          a setting, a flag or a config file
 ├── DataError            a data file or a row in it
 ├── ModelError           a base model, tokenizer, chat template or adapter
+├── MergeError           exit status 1: a merged model that is not base and adapter
 ├── CheckpointError      exit status 1: a checkpoint that cannot be written or read
 ├── LaunchError          the way the processes were started
 └── PredictionsError     a predictions file handed to the evaluator
@@ -82,6 +83,11 @@ class LaunchError(ChatLoraError):
 
 class PredictionsError(ChatLoraError):
     title = "The predictions cannot be scored"
+
+
+class MergeError(ChatLoraError):
+    exit_status = 1
+    title = "The merged model is refused"
 
 
 class CheckpointError(ChatLoraError):

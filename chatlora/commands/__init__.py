@@ -10,6 +10,7 @@ COMMANDS = {
     "evaluate": "let it answer held-out conversations, and score that: evaluate.py, likewise",
     "inspect": "what would be trained on: every row's account, lengths, and rows with their targets in colour",
     "suspects": "rows of a finished run that are most likely mislabelled, foreign or garbled, with their worst tokens",
+    "merge": "base and adapter -> one model that any server takes, checked against them",
     "convert-chatglm3": "ChatGLM3 checkpoints and adapters -> native GLM, no remote code",
     "invariance": "prove that a config gives one gradient, however many processes and micro-batches compute it",
     "schema": "print the JSON schema of a config file, from which editors complete",

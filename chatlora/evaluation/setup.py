@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -89,18 +89,34 @@ class Generation:
             progress.close()
 
 
-def set_up(request: Request, runtime: Runtime) -> Generation:
-    """The rows rendered and proved, the model and its adapter loaded, the samples dealt in batches to the processes."""
-    say = print_line if runtime.is_main else _say_nothing
+class Rendered(NamedTuple):
+    """The rows of a request, as the adapter or model that it names reads them. adapter: its folder."""
+
+    request: Request
+    adapter: Path | None
+    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
+    samples: list[EvalSample]
+    ledger: dict[str, Any]
+
+
+def rendered(request: Request) -> Rendered:
+    """Raises DataError with what is wrong in the rows, ModelError where there is no tokenizer or no adapter."""
     adapter = None if request.adapter is None else find_adapter(request.adapter)
     if adapter is not None and not request.of_run:  # a run's config says it all
         given = {name: getattr(request.config.model, name) for name in request.config.model.model_fields_set}
         settings = as_adapter_was_trained(request.config.model, adapter).model_copy(update=given)
         request = replace(request, config=request.config.model_copy(update={"model": settings}))
-    config = request.config
-    tokenizer = load_tokenizer(config.model, adapter)
+    tokenizer = load_tokenizer(request.config.model, adapter)
     renderer = _renderer(request, tokenizer)
-    samples, ledger = _samples(request, renderer)
+    return Rendered(request, adapter, tokenizer, renderer, *_samples(request, renderer))
+
+
+def set_up(request: Request, runtime: Runtime) -> Generation:
+    """The rows rendered and proved, the model and its adapter loaded, the samples dealt in batches to the processes."""
+    say = print_line if runtime.is_main else _say_nothing
+    request, adapter, tokenizer, renderer, samples, ledger = rendered(request)
+    config = request.config
     for line in summary_lines(ledger):
         say(line)
     with out_of_memory_told(not_loaded(config.model.name_or_path, runtime)):

@@ -54,8 +54,8 @@ class Change:
 
     def delta(self) -> torch.Tensor:
         """In the parameter's shape."""
-        product = (self.b @ self.a) * self.scale
-        return product.transpose(-1, -2).contiguous() if self.is_input_first else product
+        product: torch.Tensor = (self.b @ self.a) * self.scale
+        return product.mT if self.is_input_first else product
 
     def applied_to(self, weight: torch.Tensor) -> torch.Tensor:
         """weight: in fp32."""
@@ -63,7 +63,7 @@ class Change:
         if self.magnitude is None:
             return changed
         length = torch.linalg.norm(changed, dim=0 if self.is_input_first else 1)
-        factor = self.magnitude / length
+        factor: torch.Tensor = self.magnitude / length
         return changed * (factor if self.is_input_first else factor[:, None])
 
 

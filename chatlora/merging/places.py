@@ -42,7 +42,7 @@ def places_of(model: PreTrainedModel, stored: Iterable[str]) -> list[Place]:
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
     of_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
-    shapes = {name: True for name in model.state_dict()}
+    shapes = dict.fromkeys(model.state_dict(), True)
     found: dict[tuple[str, ...], list[str]] = {}
     converted: set[tuple[str, ...]] = set()
     for tensor in stored:
