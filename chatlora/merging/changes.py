@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from chatlora.errors import ModelError
+from chatlora.model.adapter_folder import names_from_checkpoint
 from chatlora.model.lora import without_false_alarms
 from chatlora.model.targets import WRAPPED
 
@@ -67,9 +68,10 @@ class Change:
         return changed * (factor if self.is_input_first else factor[:, None])
 
 
-def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by PEFT's names, in fp32."""
-    return {name: tensor.float() for name, tensor in load_peft_weights(str(folder), device="cpu").items()}
+def read_adapter(base: PreTrainedModel, folder: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """An adapter's settings and tensors for PEFT, under the names in `base`."""
+    tensors = load_peft_weights(str(folder), device="cpu", key_mapping=names_from_checkpoint(base) or None)
+    return PeftConfig.from_pretrained(str(folder)), tensors
 
 
 def changes_of(adapter: Path, skeleton: PreTrainedModel) -> dict[str, Change]:
@@ -79,8 +81,7 @@ def changes_of(adapter: Path, skeleton: PreTrainedModel) -> dict[str, Change]:
     model's.
     """
     refuse_more_than_products(adapter)
-    tensors = read_adapter(adapter)
-    settings = PeftConfig.from_pretrained(str(adapter))
+    settings, tensors = read_adapter(skeleton, adapter)
     settings.base_model_name_or_path = None  # PEFT warns where it is another name than the skeleton's
     # The norms that DoRA begins with need weights, and here are none: only its names and scales are asked for.
     has_magnitudes, settings.use_dora = bool(settings.use_dora), False
@@ -129,7 +130,7 @@ def _change(
     missing = [each for each in names if each not in tensors]
     if missing:
         raise ModelError(f"the adapter lacks {missing[0]}, which its settings promise; copy it again")
-    a, b, *magnitude = (tensors[each] for each in names)
+    a, b, *magnitude = (tensors[each].float() for each in names)
     parameter = name.removeprefix(PREFIX).replace(WRAPPED, "")
     is_input_first = is_embedding or bool(getattr(module, "fan_in_fan_out", False))
     if isinstance(module, ParamWrapper):

@@ -20,7 +20,7 @@ from chatlora.errors import MergeError
 from chatlora.merging.answers import Answers, answers_of, logits_of
 from chatlora.merging.judgement import Verdict, judge
 from chatlora.merging.probes import Probe
-from chatlora.model.loading import generation_stop_ids, load_adapter, load_base_model, load_tokenizer
+from chatlora.model.loading import generation_stop_ids, load_adapter, load_base_model, load_tokenizer, refuse_ids_without_row
 
 Say = Callable[[str], None]
 
@@ -56,13 +56,15 @@ def pass_gate(
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say(f"asking base and adapter {len(probes)} times")
-    model = load_adapter(load_base_model(trained.base, dtype=precision).to(device), trained.adapter)
+    base = load_base_model(trained.base, dtype=precision).to(device)
+    refuse_ids_without_row(base, trained.tokenizer, max(max(probe.prompt + probe.answer) for probe in probes))
+    model = load_adapter(base, trained.adapter)
     reference = asked(model)
     with model.disable_adapter():
         alone = logits_of(model, probes)
     merge_in_memory(model, stored)
     rounded = asked(model)
-    del model
+    del model, base
     gc.collect()
     say(f"asking the merged model, reopened as {served.__name__}")
     return judge(reference, rounded, alone, asked(reopened(merged, served, precision).to(device)))
