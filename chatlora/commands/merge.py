@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from chatlora.merging.judgement import Distance, Verdict
 
 
+TITLE = "Distance from base and adapter: largest of logits, KL in nats, same best token, same greedy text"
+
+
 def run(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="chatlora merge",
@@ -48,9 +51,9 @@ def show(verdict: Verdict) -> None:
         return name, f"{of.logits:.3g}", f"{of.kl:.3g}", f"{of.kl_max:.3g}", f"{of.same_best:.1%}", texts
 
     allowed = [f"{verdict.tolerance[name]:.3g}" for name in ("logits", "kl", "kl_max")]
-    table = Table(box=SIMPLE_HEAD, title="Distance from base and adapter", title_justify="left")
-    table.add_column("")
-    for column in ("logits, largest", "KL, mean", "KL, largest", "same best token", "same greedy text"):
+    table = Table(box=SIMPLE_HEAD, title=TITLE, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in ("logits", "KL", "largest KL", "best token", "text"):
         table.add_column(column, justify="right")
     table.add_row(*row("merged, from the disk", verdict.merged, f"{verdict.same_texts}/{verdict.texts}"))
     table.add_row("allowed", *allowed, "", "")

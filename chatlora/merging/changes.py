@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from chatlora.errors import ModelError
 from chatlora.model.adapter_folder import names_from_checkpoint
+from chatlora.model.loading import refuse_other_model
 from chatlora.model.lora import without_false_alarms
 from chatlora.model.targets import WRAPPED
 
@@ -81,26 +82,15 @@ def changes_of(adapter: Path, skeleton: PreTrainedModel) -> dict[str, Change]:
     model's.
     """
     refuse_more_than_products(adapter)
+    refuse_other_model(skeleton, adapter)
     settings, tensors = read_adapter(skeleton, adapter)
     settings.base_model_name_or_path = None  # PEFT warns where it is another name than the skeleton's
     # The norms that DoRA begins with need weights, and here are none: only its names and scales are asked for.
     has_magnitudes, settings.use_dora = bool(settings.use_dora), False
     with torch.device("meta"), without_false_alarms():
         opened = get_peft_model(skeleton, settings, low_cpu_mem_usage=True)
-    found: dict[str, Change] = {}
-    used: set[str] = set()
-    for name, module in opened.named_modules():
-        if isinstance(module, LoraLayer):
-            parameter, change, names = _change(name, module, tensors, has_magnitudes)
-            found[parameter] = change
-            used |= names
-    left = sorted(tensors.keys() - used)
-    if left:
-        raise ModelError(
-            f"the adapter {adapter} is another model's: {type(skeleton).__name__} has no place for {len(left)} of its "
-            f"tensors ({', '.join(left[:2])})"
-        )
-    return found
+    layers = {name: module for name, module in opened.named_modules() if isinstance(module, LoraLayer)}
+    return dict(_change(name, module, tensors, has_magnitudes) for name, module in layers.items())
 
 
 def refuse_more_than_products(adapter: Path) -> None:
@@ -120,17 +110,12 @@ def refuse_more_than_products(adapter: Path) -> None:
 
 def _change(
     name: str, module: LoraLayer, tensors: Mapping[str, torch.Tensor], has_magnitudes: bool
-) -> tuple[str, Change, set[str]]:
-    """The parameter's name, its change, and the names of the tensors that it is made of."""
+) -> tuple[str, Change]:
+    """The parameter's name, and its change."""
     is_embedding = bool(module.lora_embedding_A)
     ends = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
-    names = [f"{name}.{end}" for end in ends]
-    if has_magnitudes:
-        names.append(f"{name}.lora_magnitude_vector")
-    missing = [each for each in names if each not in tensors]
-    if missing:
-        raise ModelError(f"the adapter lacks {missing[0]}, which its settings promise; copy it again")
-    a, b, *magnitude = (tensors[each].float() for each in names)
+    a, b = (tensors[f"{name}.{end}"].float() for end in ends)
+    magnitude = tensors[f"{name}.lora_magnitude_vector"].float() if has_magnitudes else None
     parameter = name.removeprefix(PREFIX).replace(WRAPPED, "")
     is_input_first = is_embedding or bool(getattr(module, "fan_in_fan_out", False))
     if isinstance(module, ParamWrapper):
@@ -141,8 +126,7 @@ def _change(
             is_input_first = not module._did_swap_in_out_features
     else:
         parameter = f"{parameter}.weight"
-    change = Change(a, b, float(module.scaling[ADAPTER]), is_input_first, magnitude[0] if magnitude else None)
-    return parameter, change, set(names)
+    return parameter, Change(a, b, float(module.scaling[ADAPTER]), is_input_first, magnitude)
 
 
 def skeleton_of(served: type[PreTrainedModel], config: object) -> PreTrainedModel:

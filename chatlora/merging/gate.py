@@ -20,7 +20,13 @@ from chatlora.errors import MergeError
 from chatlora.merging.answers import Answers, answers_of, logits_of
 from chatlora.merging.judgement import Verdict, judge
 from chatlora.merging.probes import Probe
-from chatlora.model.loading import generation_stop_ids, load_adapter, load_base_model, load_tokenizer, refuse_ids_without_row
+from chatlora.model.loading import (
+    generation_stop_ids,
+    load_adapter,
+    load_base_model,
+    load_tokenizer,
+    refuse_ids_without_row,
+)
 
 Say = Callable[[str], None]
 

@@ -123,6 +123,12 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
 
     Raises ModelError where a tensor of the adapter has no place in this model, or a place gets none.
     """
+    refuse_other_model(base, adapter)
+    return put_on(base, adapter).eval()
+
+
+def refuse_other_model(base: PreTrainedModel, adapter: Path) -> None:
+    """Raise ModelError where a tensor of the adapter has no place in this model, or a place gets none."""
     try:
         fault = why_not_fitting(base, adapter)
     except (ValueError, KeyError, TypeError) as error:  # of PEFT: settings that this model cannot meet
@@ -133,7 +139,6 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
             f"the adapter {adapter} does not belong to the model {base.name_or_path}: {fault}. It was trained on "
             f"{trained_on}; give that as the model"
         )
-    return put_on(base, adapter).eval()
 
 
 def refuse_ids_without_row(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, largest_id: int) -> None:

@@ -1,18 +1,15 @@
-"""Merged is base and adapter: the weights against PEFT's own merge, the gate against what must not pass it."""
+"""Merged is base and adapter: the weights in the files against PEFT's own merge."""
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from chatlora.chatglm3 import checkpoint as conversion
-from chatlora.errors import ConfigError, MergeError, ModelError
-from chatlora.merging import merge as merging
 from chatlora.merging.asked import asked_for
 from chatlora.merging.changes import Change
 from chatlora.merging.gate import reopened
@@ -22,6 +19,9 @@ from tests.merges import loaded, write_adapter, write_base, write_peft_adapter
 from tests.model_families import FAMILIES
 
 FP32, BF16 = torch.float32, torch.bfloat16
+# Plain; tied; experts apart, under other names, under one name, and with their weights the other way round.
+QUICK = ("Llama", "Qwen3", "Qwen3-MoE", "Mixtral", "Granite-4 hybrid", "gpt-oss")
+SLOW = {True: (), False: (pytest.mark.slow,)}
 
 
 def quietly(line: str) -> None:
@@ -55,7 +55,7 @@ def apart(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], store
 # ---- every family
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(each, marks=SLOW[each in QUICK]) for each in FAMILIES])
 def test_merged_weights_are_those_of_peft_in_every_family(tmp_path: Path, family: str) -> None:
     stored = FP32 if list(FAMILIES).index(family) % 2 else BF16
     base = write_base(tmp_path / "base", family, stored)
@@ -77,15 +77,18 @@ def test_every_family_passes_the_gate(tmp_path: Path, family: str, stored: torch
     assert verdict.merged.kl < 0.1 * verdict.base.kl
 
 
-def names_in(folder: Path) -> dict[str, tuple[str, list[int]]]:
-    """Tensor -> (file, shape), from the headers."""
-    files = files_of_base(folder)
-    return {name: (file, [*map(len, kind)]) for name, (file, kind) in files.tensors.items()}
+def test_the_comparison_sees_one_expert_s_change_the_wrong_way_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_base(tmp_path / "base", "Qwen3-MoE", FP32, moe_intermediate_size=64)
+    adapter = write_adapter(tmp_path / "adapter", base, target_modules=("experts.down_proj",))
+    right, wanted = Change.delta, weights_by_peft(adapter, base, FP32)
+    monkeypatch.setattr(Change, "delta", lambda change: torch.cat([right(change)[:1].mT, right(change)[1:]]))
+    found = merged_weights(tmp_path / "merged", adapter, base)
+    assert apart(found, wanted, FP32) == [f"model.layers.{layer}.mlp.experts.down_proj" for layer in (0, 1)]
 
 
 def test_names_and_files_stay_and_what_the_adapter_leaves_alone_stays_to_the_byte(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     base = write_base(tmp_path / "base", "Qwen3-MoE", BF16)
     adapter = write_adapter(tmp_path / "adapter", base, target_modules=("experts.down_proj",))
     merged_weights(tmp_path / "merged", adapter, base)
@@ -108,8 +111,6 @@ def test_a_checkpoint_with_stacked_experts_keeps_them_stacked(tmp_path: Path) ->
 
 def test_a_checkpoint_of_another_class_than_was_trained(tmp_path: Path) -> None:
     """Qwen3.5's checkpoints name the class with vision; its language model is under other names there."""
-    import transformers
-
     text = write_base(tmp_path / "text", "Qwen3.5", FP32)
     config = transformers.Qwen3_5Config(
         text_config=transformers.AutoConfig.from_pretrained(text).to_dict(),
