@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 TITLE = "Distance from base and adapter: largest of logits, KL in nats, same best token, same greedy text"
 
+MUCH = 0.1  # of the adapter's effect, that rounding may cost without a warning
+
 
 def run(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
@@ -47,6 +49,8 @@ def show(verdict: Verdict) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from chatlora.progress import print_line
+
     def row(name: str, of: Distance, texts: str) -> tuple[str, ...]:
         return name, f"{of.logits:.3g}", f"{of.kl:.3g}", f"{of.kl_max:.3g}", f"{of.same_best:.1%}", texts
 
@@ -60,3 +64,10 @@ def show(verdict: Verdict) -> None:
     table.add_row(*row("rounding alone", verdict.rounding, f"{verdict.same_texts_rounded}/{verdict.texts}"))
     table.add_row(*row("base without adapter", verdict.base, ""))
     Console().print(table)
+    if verdict.base.kl:
+        print_line(f"rounding costs {verdict.rounding.kl / verdict.base.kl:.2%} of what the adapter does (mean KL)")
+    if verdict.rounding.kl > MUCH * verdict.base.kl:
+        print_line(
+            "warning: the adapter is small beside the steps of the checkpoint's type; served beside its base it loses "
+            "nothing"
+        )

@@ -126,7 +126,7 @@ def written(plan: Plan, files: Files, adapter: Path, say: Say) -> dict[str, Any]
         receipt=RECEIPT,
         identity={
             "base": str(files.folder.resolve()),
-            "files": {file.name: file.stat().st_size for file in files.shards},
+            "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files.shards},
             "adapter": {name: sha256_of(adapter / name) for name in ADAPTER_FILES},
         },
         what="merge",

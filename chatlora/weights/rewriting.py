@@ -71,7 +71,8 @@ def receipt_in(rewriting: Rewriting) -> dict[str, Any]:
         raise ModelError(f"{path}: cannot be read; delete {folder} and begin again") from None
     if not same:
         raise ModelError(
-            f"{folder}: holds a {rewriting.what} of other files than those of {rewriting.source}; give a new folder"
+            f"{folder}: holds a {rewriting.what} of other files than those of {rewriting.source}; remove it, or "
+            "give a new folder"
         )
     return receipt
 

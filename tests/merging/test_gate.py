@@ -12,7 +12,7 @@ import torch
 
 from chatlora.commands import dispatch
 from chatlora.errors import MergeError, ModelError
-from chatlora.merging import merge, probes
+from chatlora.merging import changes, merge, probes, travelling, writing
 from chatlora.merging.answers import Answers, Text
 from chatlora.merging.asked import asked_for
 from chatlora.merging.changes import Change
@@ -66,12 +66,14 @@ def wrong_way_round(change: Change) -> torch.Tensor:
 
 
 def of_another_scale(change: Change) -> torch.Tensor:
-    return (change.b @ change.a) * change.scale * 1.05
+    delta: torch.Tensor = (change.b @ change.a) * change.scale * 1.05
+    return delta
 
 
 def of_its_root(change: Change) -> torch.Tensor:
     """As a server that takes rslora's scale where there is none."""
-    return (change.b @ change.a) * change.scale * len(change.a) ** 0.5
+    delta: torch.Tensor = (change.b @ change.a) * change.scale * len(change.a) ** 0.5
+    return delta
 
 
 @pytest.mark.parametrize("delta", [wrong_way_round, of_another_scale, of_its_root])
@@ -85,12 +87,12 @@ def test_a_wrong_change_is_refused_with_figures(
 
 
 def test_one_module_of_another_scale_is_refused(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = merge.changes_of
+    right = changes.changes_of
 
     def wrong(*given: Any) -> dict[str, Change]:
-        changes = right(*given)
+        found = right(*given)
         name = "model.layers.1.mlp.down_proj.weight"
-        return {**changes, name: replace(changes[name], scale=changes[name].scale / 2)}
+        return {**found, name: replace(found[name], scale=found[name].scale / 2)}
 
     monkeypatch.setattr(merge, "changes_of", wrong)
     assert merged(trained, tmp_path / "merged").faults
@@ -99,7 +101,7 @@ def test_one_module_of_another_scale_is_refused(trained: Path, tmp_path: Path, m
 def test_one_flipped_byte_is_refused_and_the_same_command_mends_it(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = merge.damaged_files
+    check = writing.damaged_files
 
     def flipping(folder: Path, receipt: Mapping[str, Any]) -> dict[str, str]:
         path = sorted(folder.glob("*.safetensors"))[1]
@@ -120,7 +122,7 @@ def test_one_flipped_byte_is_refused_and_the_same_command_mends_it(
 
 
 def test_another_tokenizer_is_refused(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = merge.copy_all
+    copy = travelling.copy_all
 
     def with_another_template(files: Mapping[str, Path], target: Path) -> None:
         copy(files, target)
