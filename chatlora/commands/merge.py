@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,11 +38,15 @@ def run(argv: Sequence[str]) -> None:
     from chatlora.progress import print_line
 
     precision = torch.float32 if given.precision == "fp32" else torch.bfloat16
-    verdict = merge(asked_for(given.given, given.base, given.data, precision), given.target, print_line)
+    asked = asked_for(given.given, given.base, given.data, precision)
+    verdict = merge(asked, given.target, print_line)
     show(verdict)
     if verdict.faults:
         raise MergeError(*verdict.faults, f"nothing was left at {given.target}")
     print_line(f"{given.target}: merged and checked; it loads as any model")
+    if asked.base.chat_template_kwargs:
+        told = json.dumps(asked.base.chat_template_kwargs, ensure_ascii=False)
+        print_line(f"its template was told {told} in training, and a server has to be: see docs/merging.md")
 
 
 def show(verdict: Verdict) -> None:

@@ -31,7 +31,7 @@ from chatlora.evaluation.generation import (
 )
 from chatlora.evaluation.scoring import inputs_of_request, score_into, told_in
 from chatlora.evaluation.sharding import collect, mark_complete, open_parts, remove_parts, shard_batches
-from chatlora.model.adapter_folder import as_adapter_was_trained
+from chatlora.model.adapter_folder import as_adapter_was_trained, with_template_settings
 from chatlora.model.folder import find_adapter
 from chatlora.model.loading import load_adapter, load_base_model, load_tokenizer, renderer_for
 from chatlora.progress import Progress, print_line
@@ -103,9 +103,12 @@ class Rendered(NamedTuple):
 def rendered(request: Request) -> Rendered:
     """Raises DataError with what is wrong in the rows, ModelError where there is no tokenizer or no adapter."""
     adapter = None if request.adapter is None else find_adapter(request.adapter)
-    if adapter is not None and not request.of_run:  # a run's config says it all
-        given = {name: getattr(request.config.model, name) for name in request.config.model.model_fields_set}
-        settings = as_adapter_was_trained(request.config.model, adapter).model_copy(update=given)
+    if not request.of_run:  # a run's config says it all
+        model = request.config.model
+        given = {name: getattr(model, name) for name in model.model_fields_set}
+        merged = Path(model.name_or_path)  # or any model: where no settings of a training stand, nothing changes
+        trained = with_template_settings(model, merged) if adapter is None else as_adapter_was_trained(model, adapter)
+        settings = trained.model_copy(update=given)
         request = replace(request, config=request.config.model_copy(update={"model": settings}))
     tokenizer = load_tokenizer(request.config.model, adapter)
     renderer = _renderer(request, tokenizer)

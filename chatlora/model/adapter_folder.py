@@ -112,14 +112,22 @@ def as_adapter_was_trained(model: ModelConfig, adapter: Path) -> ModelConfig:
     values = model.model_dump()
     if model.revision is None and trained.get("base_model_name_or_path") == model.name_or_path:
         values["revision"] = trained.get("revision")
-    if (adapter / SETTINGS).is_file():
-        try:
-            values |= json.loads((adapter / SETTINGS).read_text(encoding="utf-8"))
-            return ModelConfig.model_validate(values)
-        except (ValueError, TypeError, ValidationError) as error:
-            reason = " ".join(str(error).split())
-            raise ModelError(f"{adapter / SETTINGS} cannot be used: {reason}; bring it back, or remove it") from None
-    return ModelConfig.model_validate(values)
+    return with_template_settings(ModelConfig.model_validate(values), adapter)
+
+
+def with_template_settings(model: ModelConfig, folder: Path) -> ModelConfig:
+    """`model` with the template's settings from `folder`, of an adapter or a merged model; as it is where none are.
+
+    Raises ModelError where they cannot be read.
+    """
+    path = folder / SETTINGS
+    if not path.is_file():
+        return model
+    try:
+        return ModelConfig.model_validate(model.model_dump() | json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, ValidationError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{path} cannot be used: {reason}; bring it back, or remove it") from None
 
 
 def save_generation_config(base: PreTrainedModel, stop_ids: tuple[int, ...], folder: Path) -> None:

@@ -86,6 +86,16 @@ def test_a_wrong_change_is_refused_with_figures(
     assert not [*tmp_path.iterdir()], "what is refused is not left"
 
 
+@pytest.mark.parametrize(("times", "passes"), [(1.0, True), (1.5, False)])
+def test_it_can_be_checked_in_bf16(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: float, passes: bool
+) -> None:
+    right = Change.delta
+    monkeypatch.setattr(Change, "delta", lambda change: right(change) * times)
+    verdict = merge.merge(asked_for(trained / "adapter", None, None, BF16), tmp_path / "merged", quietly)
+    assert (not verdict.faults) == passes
+
+
 def test_one_module_of_another_scale_is_refused(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = changes.changes_of
 

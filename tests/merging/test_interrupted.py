@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from contextlib import suppress
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from chatlora.evaluation.command_line import parse
+from chatlora.evaluation.setup import rendered
 from chatlora.model.loading import load_for_inference
 from tests.fork_server import At, ForkServer
 from tests.merges import SHARD
@@ -126,6 +129,16 @@ def test_files_that_travel(folder: Path) -> None:
     assert not left & {path.name for path in merged.iterdir()}
     dtypes = {tensor.dtype for path in merged.glob("*.safetensors") for tensor in load_file(path).values()}
     assert dtypes == {torch.bfloat16}
+
+
+def test_a_merged_model_is_evaluated_as_it_was_trained(folder: Path, world: Path, tmp_path: Path) -> None:
+    """`evaluate.py --model merged` tells the template what it was told in training, unless the flag says another."""
+    shutil.copytree(folder / "merged", tmp_path / "merged")
+    (tmp_path / "merged/chatlora.json").write_text('{"chat_template_kwargs": {"tone": "dry"}}')
+    words = ["--model", str(tmp_path / "merged"), "--data", str(world / "rows.jsonl")]
+    assert rendered(parse(words)).renderer.chat_template_kwargs == {"tone": "dry"}
+    words += ["--model.chat_template_kwargs", '{"tone": "warm"}']
+    assert rendered(parse(words)).renderer.chat_template_kwargs == {"tone": "warm"}
 
 
 def test_it_is_checked_on_the_run_s_validation_rows(server: ForkServer, folder: Path) -> None:
