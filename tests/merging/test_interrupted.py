@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from chatlora.config import ModelConfig
+from chatlora.errors import ModelError
 from chatlora.evaluation.command_line import parse
 from chatlora.evaluation.setup import rendered
+from chatlora.merging.asked import folder_of
 from chatlora.model.loading import load_for_inference
 from tests.fork_server import At, ForkServer
 from tests.merges import SHARD
@@ -129,6 +133,20 @@ def test_files_that_travel(folder: Path) -> None:
     assert not left & {path.name for path in merged.iterdir()}
     dtypes = {tensor.dtype for path in merged.glob("*.safetensors") for tensor in load_file(path).values()}
     assert dtypes == {torch.bfloat16}
+
+
+def test_a_base_of_the_hub_is_found_in_its_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "models--owner--model"
+    shutil.copytree(folder / "base", cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs/v2").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("chatlora.merging.asked.why_unreachable", lambda: "nobody listens")
+    found = folder_of(ModelConfig(name_or_path="owner/model", revision="v2"))
+    assert found == cache / "snapshots" / commit
+    with pytest.raises(ModelError, match=r"owner/model: its files cannot be had \(nobody listens\); --base FOLDER"):
+        folder_of(ModelConfig(name_or_path="owner/model", revision="v3"))
 
 
 def test_a_merged_model_is_evaluated_as_it_was_trained(folder: Path, world: Path, tmp_path: Path) -> None:
