@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from chatlora.merging.judgement import Distance, Verdict
 
 
-TITLE = "Distance from base and adapter: largest of logits, KL in nats, same best token, same greedy text"
+TITLE = "Distance from base and adapter (logits: the largest; KL in nats; same best token, same text)"
 
 MUCH = 0.1  # of the adapter's effect, that rounding may cost without a warning
 
@@ -69,9 +69,10 @@ def show(verdict: Verdict) -> None:
     table.add_row(*row("rounding alone", verdict.rounding, f"{verdict.same_texts_rounded}/{verdict.texts}"))
     table.add_row(*row("base without adapter", verdict.base, ""))
     Console().print(table)
-    if verdict.base.kl:
-        print_line(f"rounding costs {verdict.rounding.kl / verdict.base.kl:.2%} of what the adapter does (mean KL)")
-    if verdict.rounding.kl > MUCH * verdict.base.kl:
+    share = verdict.rounding.kl / verdict.base.kl if verdict.base.kl else 1.0
+    told = f"{100 * share:.2f} %" if share > 1e-4 else "less than 0.01 %"
+    print_line(f"rounding costs {told} of what the adapter does (mean KL)")
+    if share > MUCH:
         print_line(
             "warning: the adapter is small beside the steps of the checkpoint's type; served beside its base it loses "
             "nothing"

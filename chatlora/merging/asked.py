@@ -36,11 +36,11 @@ class Asked:
 
     def probes(self, say: Callable[[str], None]) -> list[Probe]:
         """Raises DataError where the rows cannot be read."""
-        if self.request is None:
+        samples = [] if self.request is None else rendered(self.request).samples
+        chosen = probes_of_samples(samples)
+        if self.request is None or not chosen:
             say("no rows of the run are known: the check is on built-in texts; --data FILE names better ones")
             return built_in_probes(self.tokenizer)
-        samples = rendered(self.request).samples
-        chosen = probes_of_samples(samples)
         paths = ", ".join(source.path for source in self.request.sources)
         say(f"checked on {len(chosen)} of {len(samples):,} turns of {paths}")
         return chosen
