@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, get_peft_model, load_peft_weights
+from peft import get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from chatlora.errors import ModelError
-from chatlora.model.adapter_folder import names_from_checkpoint
+from chatlora.model.adapter_folder import read_adapter
 from chatlora.model.loading import refuse_other_model
 from chatlora.model.lora import without_false_alarms
 from chatlora.model.targets import WRAPPED
@@ -67,12 +67,6 @@ class Change:
         length = torch.linalg.norm(changed, dim=0 if self.is_input_first else 1)
         factor: torch.Tensor = self.magnitude / length
         return changed * (factor if self.is_input_first else factor[:, None])
-
-
-def read_adapter(base: PreTrainedModel, folder: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
-    """An adapter's settings and tensors for PEFT, under the names in `base`."""
-    tensors = load_peft_weights(str(folder), device="cpu", key_mapping=names_from_checkpoint(base) or None)
-    return PeftConfig.from_pretrained(str(folder)), tensors
 
 
 def changes_of(adapter: Path, skeleton: PreTrainedModel) -> dict[str, Change]:
