@@ -7,7 +7,7 @@
     parts     message_parts.py  is all of the message in it?
     context   context.py        is all that leads to it in its prompt?
     changes   template_edits.py what else the template made of the reply
-    ids       drafts.py         one encoding, spans from offsets
+    ids       drafts.py         one encoding, spans from offsets; what texts share once (shared_prefix.py)
     lengths   examples.py       what an example is, and what over_length leaves of it
     proof     proof.py          of every example, by other means
     rows      row_kwargs.py     what a row alone tells the template
@@ -48,6 +48,7 @@ from chatlora.rendering.proof import Proof
 from chatlora.rendering.remarks import remarks_on
 from chatlora.rendering.row_kwargs import RowKwargs, Under
 from chatlora.rendering.taken import Taking, masked_messages
+from chatlora.rendering.shared_prefix import RowEncoder
 from chatlora.rendering.template import ChatTemplate, chat_template_of
 from chatlora.rendering.template_edits import with_template_edits
 from chatlora.rendering.turns import (
@@ -264,13 +265,13 @@ class Renderer:
         """One for each assistant turn that is a target, rendered as the last message and proved."""
         messages, tools = self._masked(conversation)
         (template, stops, _), spellings = self._at(conversation), self._text.spellings.values()
-        drafts = []
+        drafts, encoder = [], RowEncoder(self._text)
         for index in self._assistant_targets(conversation, supervise):
             self._refuse_stop(messages[index])
             turn = read_turn(template, stops, messages[: index + 1], tools, index, None)
             check_context(template, self._contexts, messages, tools, turn)
             turn = with_template_edits(turn, template, messages, tools, spellings)
-            drafts.append(draft_alone(self._text, turn))
+            drafts.append(draft_alone(self._text, encoder, turn))
             self._prove(drafts[-1].example(), conversation, drafts[-1].turns)
         return drafts
 
