@@ -8,6 +8,8 @@ and where what is shared goes on for longer than any token, so that none can beg
 """
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from typing import Any
 
 from chatlora.rendering.control_text import ControlText, Encoded, is_masked
 
@@ -47,8 +49,8 @@ class RowEncoder:
         return next((index for index in reversed(encoded.controls) if index < last and encoded.ids[index] in cuts), None)
 
 
-def shared_length(one: str, other: str) -> int:
-    """How many characters two texts have in common at their beginning."""
+def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How much two texts, or two lists, have in common at their beginning."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
