@@ -1,6 +1,6 @@
 """What preparing rows costs, beside the tokenizer alone and beside transformers' `apply_chat_template`.
 
-    python benchmarks/prepare.py [--data FILE ...] [--templates own|NAME ...] [--rows N] [--cpus N]
+    python benchmarks/prepare.py [--data FILE ...] [--templates own|NAME ...] [--sample N] [--rows N]
 
 NAME is one of trl's templates, e.g. qwen3, which gives an example a turn; `own` is SmolLM2's. All is measured in one
 run on the same rows and the same tokenizer (SmolLM2's, with the template's control tokens): processor time of one
@@ -9,9 +9,12 @@ from the file to the rows in the cache. Read the ratios. Rows that the template 
 """
 
 import argparse
+import json
 import os
 import re
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +22,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 MODEL = "embedded:smollm2-135m-instruct"
 ROUNDS = 3
 WHOLE = 1_000_000  # tokens: nothing is cut
@@ -94,35 +98,55 @@ def _taking_turns(ways: Mapping[str, Callable[[], object]]) -> dict[str, list[fl
     return seconds
 
 
-def whole(tokenizer: Any, data: str, num_rows: int) -> tuple[float, float, float]:
-    """From a file of so many rows (its own again and again) to the cache: rows/s, CPU seconds a row, peak GiB."""
-    from chatlora.config import DataConfig, Source
-    from chatlora.data.dataset import prepare_training_data
+def whole(data: str, template: str, num_rows: int) -> tuple[dict[str, float], dict[str, float]]:
+    """From a file of so many rows (its own again and again, numbered) to the cache, and opened from there once more."""
+    from chatlora.config import Source
     from chatlora.reading.sources import read_rows
-
-    import json
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
-        rows = [row for row, _ in read_rows(Source(path=data))]
-        path.write_text("".join(json.dumps(row) + "\n" for row in islice(cycle(rows), num_rows)), encoding="utf-8")
-        settings = DataConfig.model_validate({"train": str(path), "validation": 0, "max_length": WHOLE})
-        began, cpu = time.perf_counter(), _cpu_seconds()
-        prepare_training_data(
-            settings, 0, lambda _: renderer_with(tokenizer), cache=Path(folder), say=lambda line: None, refuse_lost=False
-        )
-        seconds = time.perf_counter() - began
-        return num_rows / seconds, (_cpu_seconds() - cpu) / num_rows, _peak_gib()
+        rows = cycle([row for row, _ in read_rows(Source(path=data))])
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(_numbered(row, number)) + "\n" for number, row in zip(range(num_rows), rows))
+        return in_a_process(path, template), in_a_process(path, template)
+
+
+def _numbered(row: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """The row, unlike any other."""
+    said = row.get("messages") or row.get("conversations")
+    if isinstance(said, list):
+        first = {key: f"{number}: {value}" if key in ("content", "value") else value for key, value in said[0].items()}
+        return {**row, "messages" if "messages" in row else "conversations": [first, *said[1:]]}
+    return {**row, "prompt": f"{number}: {row['prompt']}"} if "prompt" in row else dict(row)
+
+
+def in_a_process(path: Path, template: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--measure", str(path), template]
+    told = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    if told.returncode:
+        sys.exit(f"{template} failed:\n{told.stderr[-3000:]}")
+    measured: dict[str, float] = json.loads(told.stdout.strip().splitlines()[-1])
+    return measured
+
+
+def measure(path: Path, template: str) -> None:
+    """Prints what the preparation of this file took: seconds, those of processors, GiB of memory and of the cache."""
+    from chatlora.config import DataConfig
+    from chatlora.data.dataset import prepare_training_data
+
+    settings = DataConfig.model_validate({"train": str(path), "validation": 0, "max_length": WHOLE})
+    renderer, cache = renderer_with(tokenizer_with(template)), path.parent / "cache"
+    began, cpu = time.perf_counter(), _cpu_seconds()
+    prepare_training_data(settings, 0, lambda _: renderer, cache=cache, say=lambda line: None, refuse_lost=False)
+    seconds, cpu = time.perf_counter() - began, _cpu_seconds() - cpu
+    here, worker = (resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    stored = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) / 2**30
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "here": here, "worker": worker, "stored": stored}))
 
 
 def _cpu_seconds() -> float:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in used)
-
-
-def _peak_gib() -> float:
-    """Of this process and of the largest of its workers together."""
-    return sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
 
 
 def main() -> None:
@@ -131,7 +155,11 @@ def main() -> None:
     parser.add_argument("--templates", nargs="+", default=["own", "qwen3"], help="`own`, or names of trl's")
     parser.add_argument("--sample", type=int, default=150, help="rows of each file that one process is timed on")
     parser.add_argument("--rows", type=int, default=0, help="rows of the whole preparation; 0: it is left out")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.measure:
+        measure(Path(given.measure[0]), given.measure[1])
+        return
 
     from chatlora.config import Source
     from chatlora.reading.sources import read_conversations
@@ -151,8 +179,13 @@ def main() -> None:
             cells += [f"{preparing / other:.1f}" for other in (alone, once, each)]
             print(f"| {' | '.join(cells)} |", flush=True)
             if given.rows:
-                rate, cpu, peak = whole(tokenizer, data, given.rows)
-                print(f"|  {given.rows:,} rows: {rate:,.0f} rows/s, {1000 * cpu:.2f} ms CPU a row, tokenizer alone {1 / alone:,.0f} rows/s, {peak:.2f} GiB |", flush=True)
+                made, opened = whole(data, template, given.rows)
+                print(
+                    f"\n{given.rows:,} such rows: {given.rows / made['seconds']:,.0f} a second, {1000 * made['cpu'] / given.rows:.2f} ms "
+                    f"of processor time a row; at most {made['here']:.2f} GiB and {made['worker']:.2f} in each worker; "
+                    f"{made['stored']:.2f} GiB in the cache; opened again in {opened['seconds']:.1f} s (of processors "
+                    f"{opened['cpu']:.1f} s, {opened['here']:.2f} GiB)\n", flush=True
+                )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from chatlora.rendering.examples import NothingFits, Rendered
 from chatlora.rendering.remedies import lifted_by
 from chatlora.rendering.renderer import Renderer
 
-START_SECONDS = 4.0  # to start a worker, which imports, compiles and reads the tokenizer
+START_SECONDS = 2.0  # to start a worker, which imports, compiles and reads the tokenizer
 LOOK_SECONDS = 1.0  # of work: from then on what the rows take is known well enough
 MAX_WORKERS = 16  # one process feeds them all
 SLOW_SECONDS = 5.0  # for one conversation; most take milliseconds
