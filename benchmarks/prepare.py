@@ -62,7 +62,9 @@ def costs_of(tokenizer: Any, conversations: Sequence[Any]) -> tuple[Mapping[str,
     rendered = [(row, work.outcome(row).rendered) for row in conversations]
     rows = [(row, outcome.examples) for row, outcome in rendered if outcome is not None]
     asked = [(row.as_template_input(), list(row.tools) or None) for row, _ in rows]
-    taught = [pair for (row, examples), given in zip(rows, asked, strict=True) for pair in _taught(row, examples, given)]
+    taught = [
+        pair for (row, examples), given in zip(rows, asked, strict=True) for pair in _taught(row, examples, given)
+    ]
     texts = [tokenizer.apply_chat_template(said, tools=tools, tokenize=False, **kwargs) for said, tools in asked]
 
     def templated(given: Sequence[Any]) -> None:
@@ -107,7 +109,9 @@ def whole(data: str, template: str, num_rows: int) -> tuple[dict[str, float], di
         path = Path(folder) / "rows.jsonl"
         rows = cycle([row for row, _ in read_rows(Source(path=data))])
         with path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(_numbered(row, number)) + "\n" for number, row in zip(range(num_rows), rows))
+            file.writelines(
+                json.dumps(_numbered(row, number)) + "\n" for number, row in enumerate(islice(rows, num_rows))
+            )
         return in_a_process(path, template), in_a_process(path, template)
 
 
@@ -122,7 +126,9 @@ def _numbered(row: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 def in_a_process(path: Path, template: str) -> dict[str, float]:
     command = [sys.executable, __file__, "--measure", str(path), template]
-    told = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    told = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    )
     if told.returncode:
         sys.exit(f"{template} failed:\n{told.stderr[-3000:]}")
     measured: dict[str, float] = json.loads(told.stdout.strip().splitlines()[-1])
@@ -139,7 +145,9 @@ def measure(path: Path, template: str) -> None:
     began, cpu = time.perf_counter(), _cpu_seconds()
     prepare_training_data(settings, 0, lambda _: renderer, cache=cache, say=lambda line: None, refuse_lost=False)
     seconds, cpu = time.perf_counter() - began, _cpu_seconds() - cpu
-    here, worker = (resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    here, worker = (
+        resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
     stored = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) / 2**30
     print(json.dumps({"seconds": seconds, "cpu": cpu, "here": here, "worker": worker, "stored": stored}))
 
@@ -165,8 +173,10 @@ def main() -> None:
     from chatlora.reading.sources import read_conversations
 
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; milliseconds of processor time a row\n")
-    print("| data, template | examples a row | tokens a row | tokenizer | template, a row | template, an example | preparing "
-          "| / tokenizer | / a row | / an example |")
+    print(
+        "| data, template | examples a row | tokens a row | tokenizer | template, a row | template, an example "
+        "| preparing | / tokenizer | / a row | / an example |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for data in given.data:
         rows = list(islice(read_conversations(Source(path=data)), given.sample))
@@ -180,12 +190,16 @@ def main() -> None:
             print(f"| {' | '.join(cells)} |", flush=True)
             if given.rows:
                 made, opened = whole(data, template, given.rows)
-                print(
-                    f"\n{given.rows:,} such rows: {given.rows / made['seconds']:,.0f} a second, {1000 * made['cpu'] / given.rows:.2f} ms "
-                    f"of processor time a row; at most {made['here']:.2f} GiB and {made['worker']:.2f} in each worker; "
-                    f"{made['stored']:.2f} GiB in the cache; opened again in {opened['seconds']:.1f} s (of processors "
-                    f"{opened['cpu']:.1f} s, {opened['here']:.2f} GiB)\n", flush=True
-                )
+                print(told_of(given.rows, made, opened), flush=True)
+
+
+def told_of(num_rows: int, made: Mapping[str, float], opened: Mapping[str, float]) -> str:
+    return (
+        f"\n{num_rows:,} such rows: {num_rows / made['seconds']:,.0f} a second, {1000 * made['cpu'] / num_rows:.2f} ms of "
+        f"processor time a row; at most {made['here']:.2f} GiB and {made['worker']:.2f} in each worker; "
+        f"{made['stored']:.2f} GiB in the cache; opened again in {opened['seconds']:.1f} s (of processor time "
+        f"{opened['cpu']:.1f} s), {opened['here']:.2f} GiB\n"
+    )
 
 
 if __name__ == "__main__":

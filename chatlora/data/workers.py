@@ -19,7 +19,7 @@ from chatlora.rendering.examples import NothingFits, Rendered
 from chatlora.rendering.remedies import lifted_by
 from chatlora.rendering.renderer import Renderer
 
-START_SECONDS = 2.0  # to start a worker, which imports, compiles and reads the tokenizer
+START_SECONDS = 2.0  # of processor time, to start a worker, which imports, compiles and reads the tokenizer
 LOOK_SECONDS = 1.0  # of work: from then on what the rows take is known well enough
 MAX_WORKERS = 16  # one process feeds them all
 SLOW_SECONDS = 5.0  # for one conversation; most take milliseconds
@@ -108,11 +108,13 @@ def outcomes(
 def _outcomes(
     conversations: Iterable[tuple[int, Conversation]], work: Work, num_rows: int, effort: Effort
 ) -> Iterator[tuple[int, Conversation, Outcome]]:
-    left, workers = iter(conversations), 0
+    left, workers, seconds = iter(conversations), 0, 0.0
     for done, row in enumerate(left, start=1):
-        yield from _counted([row], _run(work, [row[1]]), effort)
-        if effort.seconds >= LOOK_SECONDS:
-            workers = num_workers(effort.seconds / done * (num_rows - done))
+        began = time.process_time()  # on a busy machine the clock would say that rows cost more, and workers would too
+        found = _run(work, [row[1]])
+        seconds += time.process_time() - began
+        yield from _counted([row], found, effort)
+        workers = num_workers(seconds / done * (num_rows - done)) if seconds >= LOOK_SECONDS else 0
         if workers:
             break
     if workers:

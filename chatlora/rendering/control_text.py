@@ -74,7 +74,9 @@ class ControlText:
         whole = {token.content for token in tokenizer.added_tokens_decoder.values() if token.single_word}
         self._words = _Words(tuple(self.spellings.values()), whole)
         state = json.loads(serialized)
-        self.cutting_ids = frozenset(token["id"] for token in state["added_tokens"] if _cuts(token)) & self.spellings.keys()
+        self.cutting_ids = (
+            frozenset(token["id"] for token in state["added_tokens"] if _cuts(token)) & self.spellings.keys()
+        )
         self.longest = max((len(token["content"]) for token in state["added_tokens"]), default=0)
         self._plain = plain_copy(state)
         self._tails: dict[str, list[int]] = {}

@@ -47,8 +47,8 @@ from chatlora.rendering.limits import PROBE, bounded, bounds_for
 from chatlora.rendering.proof import Proof
 from chatlora.rendering.remarks import remarks_on
 from chatlora.rendering.row_kwargs import RowKwargs, Under
-from chatlora.rendering.taken import Taking, masked_messages
 from chatlora.rendering.shared_prefix import RowEncoder
+from chatlora.rendering.taken import Taking, masked_messages
 from chatlora.rendering.template import ChatTemplate, chat_template_of
 from chatlora.rendering.template_edits import with_template_edits
 from chatlora.rendering.turns import (

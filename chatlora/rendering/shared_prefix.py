@@ -46,7 +46,9 @@ class RowEncoder:
         """The index of the last token that cuts within the first `length` characters."""
         last = bisect_right(encoded.starts, length - self._text.longest - 1)
         cuts = self._text.cutting_ids
-        return next((index for index in reversed(encoded.controls) if index < last and encoded.ids[index] in cuts), None)
+        return next(
+            (index for index in reversed(encoded.controls) if index < last and encoded.ids[index] in cuts), None
+        )
 
 
 def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def test_workers_give_what_one_process_gives(tmp_path: Path, monkeypatch: pytest
         return [(conversation.place, outcome) for _, conversation, outcome in found], effort
 
     monkeypatch.setattr(workers, "LOOK_SECONDS", 0.0)
-    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: range(2))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
     alone, _ = rendered_by(math.inf)
     assert [place for place, outcome in alone if outcome.set_aside] == [f"{path}:71", f"{path}:91"]
     proofs_here = proofs_by(PLAIN, monkeypatch)
@@ -59,7 +60,7 @@ def proofs_by(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> list[Examp
 
 
 def test_each_worker_saves_more_than_its_start_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: range(64))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
     assert num_workers(2 * START_SECONDS) == 0  # two workers would be done at the same time as one process
     assert num_workers(2.1 * START_SECONDS) == 2
     for seconds in np.geomspace(2.1, 1_000, 50) * START_SECONDS:
@@ -69,8 +70,8 @@ def test_each_worker_saves_more_than_its_start_takes(monkeypatch: pytest.MonkeyP
 
 
 def test_what_rows_cost_decides_and_not_how_many_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: range(2))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
     assert num_workers(20_000 * 0.0003) == 0  # short rows
     assert num_workers(1_000 * 0.027) == 2  # rows that give an example a turn
-    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: range(1))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1))
     assert num_workers(1e6) == 0
