@@ -195,8 +195,8 @@ def main() -> None:
 
 def told_of(num_rows: int, made: Mapping[str, float], opened: Mapping[str, float]) -> str:
     return (
-        f"\n{num_rows:,} such rows: {num_rows / made['seconds']:,.0f} a second, {1000 * made['cpu'] / num_rows:.2f} ms of "
-        f"processor time a row; at most {made['here']:.2f} GiB and {made['worker']:.2f} in each worker; "
+        f"\n{num_rows:,} such rows: {num_rows / made['seconds']:,.0f} a second, {1000 * made['cpu'] / num_rows:.2f} ms "
+        f"of processor time a row; at most {made['here']:.2f} GiB and {made['worker']:.2f} in each worker; "
         f"{made['stored']:.2f} GiB in the cache; opened again in {opened['seconds']:.1f} s (of processor time "
         f"{opened['cpu']:.1f} s), {opened['here']:.2f} GiB\n"
     )

@@ -41,6 +41,7 @@ class Proof:
         self.spellings = text.spellings
         self.stop_ids = frozenset(stop_ids)
         self.as_served = text.as_served
+        self.bos_id: int | None = tokenizer.bos_token_id  # looked up once: transformers takes its time
         # transformers renders the date of today, whatever the date asked for.
         self.dated = "strftime_now" in template.text
         self._canonical_tails = functools.lru_cache(maxsize=1024)(self._canonical)
@@ -85,8 +86,7 @@ class Proof:
             if ids[end - 1] not in self.stop_ids and not self._opens_next(ids[end - 1], indices[-1], messages):
                 raise SetAside(STOP)
             done, seen = end, len(prompt) + len(reply)
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and list(ids[:2]) == [bos, bos]:
+        if self.bos_id is not None and list(ids[:2]) == [self.bos_id, self.bos_id]:
             raise SetAside(BOS)
         if not led:
             raise SetAside(PROMPT)

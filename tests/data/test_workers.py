@@ -71,7 +71,7 @@ def test_each_worker_saves_more_than_its_start_takes(monkeypatch: pytest.MonkeyP
 
 def test_what_rows_cost_decides_and_not_how_many_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
-    assert num_workers(20_000 * 0.0003) == 0  # short rows
+    assert num_workers(10_000 * 0.0003) == 0  # short rows
     assert num_workers(1_000 * 0.027) == 2  # rows that give an example a turn
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1))
     assert num_workers(1e6) == 0
