@@ -23,7 +23,7 @@ from chatlora.data.evaluation_set import EvalSample, prepare_evaluation_data
 from chatlora.data.held_out import held_out_rows
 from chatlora.data.ledger import CUT, LEAKS, REPLIES_LOST, SourceAccount, ledger_of, refuse_lost_sources, summary_lines
 from chatlora.data.store import RECORD, ExampleStore, Stored, built_once, write_examples
-from chatlora.data.workers import Effort, Outcome, Work, num_workers, outcomes
+from chatlora.data.workers import Effort, Outcome, Work, outcomes
 from chatlora.errors import DataError
 from chatlora.progress import track
 from chatlora.reading.conversation import Conversation
@@ -204,7 +204,7 @@ def _rendered(
             for number, each in enumerate(inputs)
             for row in each.conversations(data.system, unread[number], noted[number])
         )
-        found = track(outcomes(numbered, work, num_workers(total), effort, say), "rendering", total)
+        found = track(outcomes(numbered, work, total, effort, say), "rendering", total)
         write_examples(folder, _entered(found, accounts, data.over_length))
         for account, rows, told in zip(accounts, unread, noted, strict=True):
             account.note_reading(rows or [], told)

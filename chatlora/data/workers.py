@@ -1,4 +1,4 @@
-"""Conversations -> what rendering makes of them, in order: in this process, or in several where there are many rows."""
+"""Conversations -> what rendering makes of them, in order: in this process, and in several once that is sooner done."""
 
 import ctypes
 import os
@@ -19,7 +19,8 @@ from chatlora.rendering.examples import NothingFits, Rendered
 from chatlora.rendering.remedies import lifted_by
 from chatlora.rendering.renderer import Renderer
 
-ROWS_PER_WORKER = 10_000  # with fewer, starting a worker (it imports and compiles for seconds) does not pay
+START_SECONDS = 2.0  # of processor time, to start a worker, which imports, compiles and reads the tokenizer
+LOOK_SECONDS = 1.0  # of work: from then on what the rows take is known well enough
 MAX_WORKERS = 16  # one process feeds them all
 SLOW_SECONDS = 5.0  # for one conversation; most take milliseconds
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -87,16 +88,16 @@ Done = tuple[list[Outcome], float, float]  # with seconds, and those spent in pr
 def outcomes(
     conversations: Iterable[tuple[int, Conversation]],
     work: Work,
-    workers: int,
+    num_rows: int,
     effort: Effort,
     say: Callable[[str], None],
 ) -> Iterator[tuple[int, Conversation, Outcome]]:
-    """(source, conversation, outcome), in the order of `conversations`. With fewer than two workers: all of it here.
+    """(source, conversation, outcome), in the order of `conversations`, which are `num_rows`.
 
     A conversation that takes seconds is said, once.
     """
     said = False
-    for source, conversation, outcome in _outcomes(conversations, work, workers, effort):
+    for source, conversation, outcome in _outcomes(conversations, work, num_rows, effort):
         if outcome.seconds > SLOW_SECONDS and not said:
             said = True
             size = f"{len(conversation.messages):,} messages"
@@ -105,12 +106,24 @@ def outcomes(
 
 
 def _outcomes(
-    conversations: Iterable[tuple[int, Conversation]], work: Work, workers: int, effort: Effort
+    conversations: Iterable[tuple[int, Conversation]], work: Work, num_rows: int, effort: Effort
 ) -> Iterator[tuple[int, Conversation, Outcome]]:
-    if workers < 2:
-        for chunk in _chunks(conversations):
-            yield from _counted(chunk, _run(work, [conversation for _, conversation in chunk]), effort)
-        return
+    left, workers, seconds = iter(conversations), 0, 0.0
+    for done, row in enumerate(left, start=1):
+        began = time.process_time()  # on a busy machine the clock would say that rows cost more, and workers would too
+        found = _run(work, [row[1]])
+        seconds += time.process_time() - began
+        yield from _counted([row], found, effort)
+        workers = num_workers(seconds / done * (num_rows - done)) if seconds >= LOOK_SECONDS else 0
+        if workers:
+            break
+    if workers:
+        yield from _outcomes_of_workers(left, work, workers, effort)
+
+
+def _outcomes_of_workers(
+    conversations: Iterator[tuple[int, Conversation]], work: Work, workers: int, effort: Effort
+) -> Iterator[tuple[int, Conversation, Outcome]]:
     # Not forked: a process that has started threads or a GPU cannot be.
     with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (work,)) as pool:
         waiting: deque[tuple[list[tuple[int, Conversation]], Future[Done]]] = deque()
@@ -123,10 +136,17 @@ def _outcomes(
             yield from _counted(chunk, future.result(), effort)
 
 
-def num_workers(num_rows: int) -> int:
-    """How many processes are worth starting, beside this one, which parses and writes."""
+def num_workers(seconds: float) -> int:
+    """How many processes are worth starting for so many seconds of work; none, where this one is as soon done.
+
+    Each must save more seconds than its start takes: the second one half of all, the third a sixth, and so on. This
+    process then parses and writes, which is little beside rendering: it has no core of its own.
+    """
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return min(cores - 1, MAX_WORKERS, num_rows // ROWS_PER_WORKER)
+    worth = 1
+    while worth < min(cores, MAX_WORKERS) and seconds / (worth * (worth + 1)) > START_SECONDS:
+        worth += 1
+    return worth if worth > 1 else 0
 
 
 def _chunks(items: Iterable[tuple[int, Conversation]]) -> Iterator[list[tuple[int, Conversation]]]:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from chatlora.cache import cache_root
 from chatlora.config import Config
 from chatlora.data.dataset import PreparedData, Say, prepare_training_data
-from chatlora.data.workers import Effort, Work, num_workers, outcomes
+from chatlora.data.workers import Effort, Work, outcomes
 from chatlora.inspection.account import places_named
 from chatlora.inspection.lengths import Lengths, lengths_of
 from chatlora.inspection.rows import Rows
@@ -56,7 +56,7 @@ class Inspected:
         if not places:
             return
         work = Work(self.renderer, WHOLE, "fit", self.config.data.supervise)
-        found = outcomes(self.conversations(places), work, num_workers(len(places)), Effort(), self.say)
+        found = outcomes(self.conversations(places), work, len(places), Effort(), self.say)
         for _, _, outcome in found:
             if outcome.rendered is not None:
                 yield outcome.rendered.examples

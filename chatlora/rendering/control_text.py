@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,12 @@ class ControlText:
         self._serialized = serialized
         whole = {token.content for token in tokenizer.added_tokens_decoder.values() if token.single_word}
         self._words = _Words(tuple(self.spellings.values()), whole)
-        self._plain = plain_copy(json.loads(serialized))
+        state = json.loads(serialized)
+        self.cutting_ids = (
+            frozenset(token["id"] for token in state["added_tokens"] if _cuts(token)) & self.spellings.keys()
+        )
+        self.longest = max((len(token["content"]) for token in state["added_tokens"]), default=0)
+        self._plain = plain_copy(state)
         self._tails: dict[str, list[int]] = {}
 
     def mask(self, value: Any) -> Any:
@@ -267,6 +272,11 @@ def _in_strings(value: Any, change: Callable[[str], str]) -> Any:
 def any_of(words: Iterable[str]) -> re.Pattern[str]:
     """Matches the longest of the words; of none, nothing."""
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
+
+
+def _cuts(token: Mapping[str, Any]) -> bool:
+    """Whether an added token is found wherever the text spells it, and begins exactly there."""
+    return not (token["normalized"] or token["single_word"] or token["lstrip"] or token["content"][:1].isspace())
 
 
 def _masked(character: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from chatlora.rendering.control_text import ControlText, Encoded
 from chatlora.rendering.examples import Draft
+from chatlora.rendering.shared_prefix import RowEncoder
 from chatlora.rendering.turns import Turn
 
 
@@ -13,13 +14,14 @@ def drafts_of(text: ControlText, full: str, turns: Sequence[Turn], num_messages:
     last = turns[-1]
     if last.index + 1 == num_messages and (last.prompt + last.reply).startswith(full):
         full = last.prompt + last.reply  # a stop token was appended
-    encoded = text.encode(full)
+    encoder = RowEncoder(text)
+    encoded = encoder.encode(full)
     shared, alone = Draft(encoded.ids, [], []), []
     for turn in turns:
         inside = full.startswith(turn.prompt) and full.startswith(turn.reply, len(turn.prompt))
         span = _span(text, encoded, turn) if inside else None
         if span is None:
-            alone.append(draft_alone(text, turn))
+            alone.append(draft_alone(text, encoder, turn))
         else:
             shared.spans.append(span)
             shared.turns.append(turn)
@@ -27,14 +29,14 @@ def drafts_of(text: ControlText, full: str, turns: Sequence[Turn], num_messages:
     return sorted(drafts, key=lambda draft: draft.turns[0].index)
 
 
-def draft_alone(text: ControlText, turn: Turn) -> Draft:
-    """The example of one turn."""
-    encoded = text.encode(turn.prompt + turn.reply)
+def draft_alone(text: ControlText, encoder: RowEncoder, turn: Turn) -> Draft:
+    """The example of one turn. encoder: of its row."""
+    encoded = encoder.encode(turn.prompt + turn.reply)
     span = _span(text, encoded, turn)
     if span is not None:
         return Draft(encoded.ids, [span], [turn])
     # A token straddles the end of the prompt: its ids win, since they are what inference will see.
-    prompt, reply = text.encode(turn.prompt).ids, text.encode_after_control(turn.reply)
+    prompt, reply = encoder.encode(turn.prompt).ids, text.encode_after_control(turn.reply)
     return Draft(prompt + reply, [(len(prompt), len(prompt) + len(reply))], [turn])
 
 

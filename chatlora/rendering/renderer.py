@@ -7,7 +7,7 @@
     parts     message_parts.py  is all of the message in it?
     context   context.py        is all that leads to it in its prompt?
     changes   template_edits.py what else the template made of the reply
-    ids       drafts.py         one encoding, spans from offsets
+    ids       drafts.py         one encoding, spans from offsets; what texts share once (shared_prefix.py)
     lengths   examples.py       what an example is, and what over_length leaves of it
     proof     proof.py          of every example, by other means
     rows      row_kwargs.py     what a row alone tells the template
@@ -47,6 +47,7 @@ from chatlora.rendering.limits import PROBE, bounded, bounds_for
 from chatlora.rendering.proof import Proof
 from chatlora.rendering.remarks import remarks_on
 from chatlora.rendering.row_kwargs import RowKwargs, Under
+from chatlora.rendering.shared_prefix import RowEncoder
 from chatlora.rendering.taken import Taking, masked_messages
 from chatlora.rendering.template import ChatTemplate, chat_template_of
 from chatlora.rendering.template_edits import with_template_edits
@@ -148,7 +149,7 @@ class Renderer:
             full, turns = self._turns(taken.conversation, asked)
             drafts = drafts_of(self._text, full, turns, len(taken.conversation.messages))
             for draft in drafts:
-                self._prove(draft.example(), taken.conversation, draft.turns)
+                self._prove(draft.example(), taken.conversation, draft.turns, in_one_call=draft is drafts[-1])
         kept, missed = fitted(drafts, max_length, over_length, conversation.place)
         learned = [turn for draft in kept for turn in draft.turns]
         num_turns = sum(len(draft.spans) for draft in kept)
@@ -229,10 +230,12 @@ class Renderer:
 
     # ---- of a conversation as the template takes it
 
-    def _prove(self, example: Example, conversation: Conversation, turns: Sequence[Turn]) -> None:
-        began = perf_counter()
+    def _prove(
+        self, example: Example, conversation: Conversation, turns: Sequence[Turn], *, in_one_call: bool = True
+    ) -> None:
+        began, proof = perf_counter(), self._at(conversation).proof
         try:
-            self._at(conversation).proof.prove(example.input_ids, example.labels, conversation, turns)
+            proof.prove(example.input_ids, example.labels, conversation, turns, in_one_call=in_one_call)
         finally:
             self.proof_seconds += perf_counter() - began
 
@@ -264,14 +267,14 @@ class Renderer:
         """One for each assistant turn that is a target, rendered as the last message and proved."""
         messages, tools = self._masked(conversation)
         (template, stops, _), spellings = self._at(conversation), self._text.spellings.values()
-        drafts = []
-        for index in self._assistant_targets(conversation, supervise):
+        drafts, encoder, asked = [], RowEncoder(self._text), self._assistant_targets(conversation, supervise)
+        for index in asked:
             self._refuse_stop(messages[index])
             turn = read_turn(template, stops, messages[: index + 1], tools, index, None)
             check_context(template, self._contexts, messages, tools, turn)
             turn = with_template_edits(turn, template, messages, tools, spellings)
-            drafts.append(draft_alone(self._text, turn))
-            self._prove(drafts[-1].example(), conversation, drafts[-1].turns)
+            drafts.append(draft_alone(self._text, encoder, turn))
+            self._prove(drafts[-1].example(), conversation, [turn], in_one_call=index == asked[-1])
         return drafts
 
     def _refuse_stop(self, message: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from chatlora.reading.formats import parse_row
 from chatlora.rendering.renderer import IGNORE_INDEX, Example, Renderer
 from tests.broken_masks import BROKEN
 from tests.exactness import assert_exact, rendered_ids, spans
-from tests.tiny_tokenizers import tiny_tokenizer
+from tests.tiny_tokenizers import QWEN3, THINK_TOKENS, tiny_tokenizer
 
 QWEN25 = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text(encoding="utf-8")
 FILES = {  # name -> rows, and whether the model's own template does
@@ -68,6 +68,38 @@ def assert_refused(
     renderer.prove(example, row, turns)
     with pytest.raises(SetAside, match="the proof failed"):
         renderer.prove(Example(example.input_ids, broken(example)), row, turns)
+
+
+def test_every_example_of_a_row_is_proved_and_broken_ones_are_refused(shared: Path) -> None:
+    """A template that gives an example a turn: one call of `apply_chat_template` a row, its text for the others."""
+    tokenizer = tiny_tokenizer(chat_template=QWEN3, plain_tokens=THINK_TOKENS)
+    renderer = Renderer(tokenizer, chat_template_kwargs={"enable_thinking": False})
+    row = conversations(shared / "data" / "kdconv_travel.jsonl")[0]
+    examples, turns = renderer.render(row, max_length=LONG).examples, renderer.turns(row)
+    assert len(examples) == len(turns) > 5
+    for number, (example, turn) in enumerate(zip(examples, turns, strict=True)):
+        other = examples[number - 1]
+        prompt, answer = split(example)
+        wrong = [
+            *(Example(example.input_ids, broken(example)) for broken in BROKEN),
+            Example(*led_by(split(other)[0], answer)),  # of another turn
+            Example(*led_by([*prompt[:3], prompt[3] + 1, *prompt[4:]], answer)),
+            Example(*led_by([*prompt[:-4], *split(other)[0][-9:]], answer)),
+        ]
+        for in_one_call in (True, False):
+            renderer._prove(example, row, [turn], in_one_call=in_one_call)
+            for one in wrong:
+                with pytest.raises(SetAside, match="the proof failed"):
+                    renderer._prove(one, row, [turn], in_one_call=in_one_call)
+
+
+def split(example: Example) -> tuple[list[int], list[int]]:
+    [(start, _)] = spans(example)
+    return example.input_ids[:start], example.input_ids[start:]
+
+
+def led_by(prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
+    return prompt + answer, [IGNORE_INDEX] * len(prompt) + answer
 
 
 def test_without_a_template_for_calls_no_row_is_trained_that_holds_one(
