@@ -6,7 +6,8 @@ ChatLoraError            exit status 2: the user's mistake, told as one block wi
 ├── ModelError           a base model, tokenizer, chat template or adapter
 ├── CheckpointError      exit status 1: a checkpoint that cannot be written or read
 ├── LaunchError          the way the processes were started
-└── PredictionsError     a predictions file handed to the evaluator
+├── PredictionsError     a predictions file handed to the evaluator
+└── ChatError            a message or a command in a chat
 SetAside                 not a mistake: one row that this template cannot render exactly
 NonFiniteError           exit status 1: the run itself went wrong
 OutOfMemoryError         exit status 1: the machine ran out, told with the setting to lower
@@ -82,6 +83,10 @@ class LaunchError(ChatLoraError):
 
 class PredictionsError(ChatLoraError):
     title = "The predictions cannot be scored"
+
+
+class ChatError(ChatLoraError):
+    title = "The chat cannot go on"
 
 
 class CheckpointError(ChatLoraError):
