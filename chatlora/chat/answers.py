@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -45,7 +45,7 @@ class Answer(NamedTuple):
     def message(self) -> Message:
         """The assistant's. What did not end by itself is no target: its stop token would be one too."""
         said = reply(self.opening + self.text)
-        return said if self.stop_reason == "stop" else _unlearned(said)
+        return said if self.stop_reason == "stop" else replace(said, loss=False)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,3 @@ def _settings(
         settings.do_sample, settings.top_k = True, 0  # without 0 transformers draws among 50
         settings.temperature, settings.top_p = sampling.temperature, sampling.top_p
     return settings
-
-
-def _unlearned(message: Message) -> Message:
-    return Message("assistant", message.content, message.reasoning, thought_text=message.thought_text, loss=False)
