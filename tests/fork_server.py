@@ -88,8 +88,8 @@ class ForkServer:
         """The process ids of the ranks.
 
         script: a module with a `main`, or "module:function". streams: what standard input, output and error are, in
-        place of nothing and the log; a terminal that stands first is the process's own. trace: a folder in which each rank notes the examples of each micro-batch. broken: Python that breaks the
-        program, to see a test catch it.
+        place of nothing and the log; a terminal that stands first is the process's own. trace: a folder in which each
+        rank notes the examples of each micro-batch. broken: Python that breaks the program, to see a test catch it.
         """
         if self.process.poll() is not None:
             self.process = self._begin()

@@ -8,7 +8,7 @@ from typing import BinaryIO, NamedTuple
 from chatlora.errors import ChatError
 from chatlora.progress import print_line
 
-PROMPT, GOES_ON = "> ", "… "
+PROMPT, GOES_ON = "> ", "... "
 CONTINUED = "\\"
 
 
