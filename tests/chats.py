@@ -19,6 +19,7 @@ evaluation: {{max_new_tokens: 16}}
 run: {{precision: fp32, cpu_threads: 1, output_dir: {folder}/run}}
 """
 SYSTEM = "Say where it is."
+LETTER = "p"
 QUESTIONS = [f"{number}. Where is {CITIES[number % len(CITIES)]}?" for number in range(20)]
 
 
@@ -36,12 +37,12 @@ class Chatted(NamedTuple):
 def make_chat_world(folder: Path) -> Path:
     """`folder` with a model, its rows and my.yaml; 20 test rows, each of one exchange under the run's system message.
 
-    A letter that the model often says is one more stop token, which only its generation_config names.
+    LETTER, which the model often says, is one more stop token, which only its generation_config names.
     """
     tokenizer = tiny_tokenizer(chat_template=QWEN3, plain_tokens=THINK_TOKENS)
     tokenizer.save_pretrained(folder / "model")
     model = tiny_llama(len(tokenizer))
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("p")]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(LETTER)]
     model.save_pretrained(folder / "model")
     for name in ("rows", "test"):
         rows = [[("user", question), ("assistant", f"In place {number}.")] for number, question in enumerate(QUESTIONS)]
