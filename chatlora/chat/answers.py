@@ -30,6 +30,7 @@ from chatlora.reading.conversation import Conversation, Message, reply
 from chatlora.rendering.renderer import Renderer
 from chatlora.rendering.thoughts import opening_of
 
+DOES_NOT_FIT = "a prompt of {:,} tokens and its answer do not fit: /reset forgets, --max_new_tokens shortens answers"
 Watch = Callable[[str], bool]  # told all text so far, says whether it is enough
 
 
@@ -64,32 +65,32 @@ class Answering:
         return int(self.settings.max_new_tokens)
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
-        """Raises ChatError where the template cannot render it."""
+        """Raises ChatError where the template cannot render it, or drops a message of it."""
         try:
-            return self.renderer.prompt_ids(conversation)
+            return self.renderer.prompt_ids(conversation, checked=True)
         except SetAside as reason:
             raise ChatError(str(reason)) from None
 
-    def answer(self, prompt: Sequence[int], room: int, by: str, watch: Watch) -> Answer:
-        """room: how many tokens it may have."""
+    def answer(self, prompt: Sequence[int], room: int, by: str, watch: Watch | None = None) -> Answer:
+        """room: how many tokens it may have. Raises OutOfMemoryError where that does not fit."""
         opening = opening_of(self.texts.raw(prompt))
         settings = deepcopy(self.settings)
         settings.max_new_tokens = room
         ids = torch.tensor([list(prompt)], device=self.model.device)
-        watching = _Watching(self.texts, len(prompt), opening, watch)
+        watching = None if watch is None else _Watching(self.texts, len(prompt), opening, watch)
         with ExitStack() as within:
             within.enter_context(only_these_settings(self.model))
-            within.enter_context(out_of_memory_told(f"a prompt of {len(prompt):,} tokens and its answer do not fit"))
+            within.enter_context(out_of_memory_told(DOES_NOT_FIT.format(len(prompt))))
             if by == BASE:
                 within.enter_context(self.model.disable_adapter())
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=settings,
-                stopping_criteria=[watching],
+                stopping_criteria=watching and [watching],
             )
         generated, has_stopped = until_stop(output[0, len(prompt) :].tolist(), self.texts.stop_ids)
-        reason: Any = "stop" if has_stopped else "interrupted" if watching.enough else "length"
+        reason: Any = "stop" if has_stopped else "interrupted" if watching is not None and watching.enough else "length"
         return Answer(by, self.texts.text(generated), reason, opening)
 
 

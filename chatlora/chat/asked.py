@@ -25,9 +25,9 @@ stop tokens of evaluate.py, with its greedy text. In the conversation, /help lis
   --json               in a pipe: a JSON string a line in, a JSON object a line out
 
 In a pipe each line is one message of one conversation, or a command such as /reset. Standard output is the answers and
-nothing else, standard error all the rest, thoughts too. An answer may have line breaks: --json keeps them apart, with
-prediction and stop_reason as in evaluate.py's predictions.jsonl. Exit status: 0 at the end of the input, 2 at the first
-line that cannot be answered."""
+nothing else, after /both the base's first; standard error is all the rest, thoughts too. An answer may have several
+lines: --json keeps them apart, with prediction and stop_reason as in evaluate.py's predictions.jsonl. Exit status: 0 at
+the end of the input, 2 at the first line that cannot be answered."""
 OWN = ("adapter", "max_new_tokens", "temperature", "top_p", "seed")
 SETTINGS = (
     "model.name_or_path",

@@ -10,31 +10,12 @@ from typing import NamedTuple
 
 from chatlora.chat.answers import Answer, Answering
 from chatlora.chat.screens import Screen
-from chatlora.chat.talk import Talk, fitted, save
+from chatlora.chat.talk import Fitted, Talk, fitted, save
 from chatlora.errors import ChatError, did_you_mean
 from chatlora.evaluation.command_line import ADAPTER, BASE
 from chatlora.reading.conversation import Message
 
-
-class Command(NamedTuple):
-    """argument: what it takes, as /help shows it; in brackets, if it can be left out."""
-
-    argument: str
-    meaning: str
-
-
-COMMANDS = {
-    "/both": Command("", "each message is answered by base and adapter; the talk goes on from the adapter's answer"),
-    "/base": Command("", "only the base answers: the adapter is switched off"),
-    "/adapter": Command("", "only the adapter answers, as at the start"),
-    "/system": Command("[TEXT]", "the system message from now on; without TEXT there is none"),
-    "/reset": Command("", "forget all exchanges; the system message stays"),
-    "/undo": Command("", "take back the last exchange"),
-    "/retry": Command("", "answer the last message again"),
-    "/save": Command("FILE", "append the talk to FILE.jsonl as a training row"),
-    "/help": Command("", "this list"),
-    "/exit": Command("", "leave; so do Ctrl-D, and Ctrl-C at the prompt"),
-}
+BOTH = "base and adapter answer each message; the talk goes on from the adapter's answer"
 ESCAPED = "//"  # how a message begins that begins with a slash
 
 
@@ -60,31 +41,36 @@ class Session:
             self.screen.say(f"{gone} oldest exchanges left the talk: the model holds {self.answering.limit:,} tokens")
         if found.room < self.answering.longest:
             self.screen.say(f"the answer can have {found.room:,} tokens: the model holds {self.answering.limit:,}")
-        self.screen.begin(self.names)
-        for name in self.names:
-            answer = self._answer(found.prompt, found.room, name)
-        self.talk = found.talk.with_message(answer.message)
+        with self.screen.asking(self.names):
+            answers = [self._answer(found, name) for name in self.names]
+        for answer in answers:
+            self._note_end(answer, found.room)
+        self.talk = found.talk.with_message(answers[-1].message)
 
-    def _answer(self, prompt: list[int], room: int, name: str) -> Answer:
+    def _answer(self, found: Fitted, name: str) -> Answer:
         with interruptible(self.can_interrupt) as is_enough:
 
             def watch(text: str) -> bool:
                 self.screen.show(name, text)
                 return is_enough()
 
-            answer = self.answering.answer(prompt, room, name, watch)
+            is_watched = self.screen.streams or self.can_interrupt
+            answer = self.answering.answer(found.prompt, found.room, name, watch if is_watched else None)
         self.screen.end(answer)
-        if answer.stop_reason == "length":
-            self.screen.say(f"cut off at {room:,} tokens (--max_new_tokens); in a saved row it is no target")
-        if answer.stop_reason == "interrupted":
-            self.screen.say("stopped; what it said so far stays in the talk, /undo takes it back")
         return answer
+
+    def _note_end(self, answer: Answer, room: int) -> None:
+        who = f"{answer.by}: " if len(self.names) > 1 else ""
+        if answer.stop_reason == "length":
+            self.screen.say(f"{who}cut off at {room:,} tokens (--max_new_tokens); in a saved row it is no target")
+        if answer.stop_reason == "interrupted":
+            self.screen.say(f"{who}stopped; what it said so far stays in the talk, /undo takes it back")
 
     # ---- commands
 
     def _command(self, line: str) -> bool:
-        name, _, argument = line.partition(" ")
-        argument = argument.strip()
+        name, *rest = line.split(maxsplit=1)
+        argument = "".join(rest).rstrip()
         command = COMMANDS.get(name)
         if command is None:
             hint = did_you_mean(name, COMMANDS) or "; /help lists them"
@@ -93,42 +79,30 @@ class Session:
             raise ChatError(f"{name} takes nothing behind it, but there is {argument!r}")
         if not argument and command.argument and not command.argument.startswith("["):
             raise ChatError(f"{name} needs {command.argument}")
-        if name == "/exit":
-            return False
-        handlers: dict[str, Callable[[], None]] = {
-            "/both": lambda: self._choose((BASE, ADAPTER)),
-            "/base": lambda: self._choose((BASE,)),
-            "/adapter": lambda: self._choose((ADAPTER,)),
-            "/system": lambda: self._system(argument or None),
-            "/reset": self._reset,
-            "/undo": self._undo,
-            "/retry": self._retry,
-            "/save": lambda: self._save(Path(argument).expanduser()),
-            "/help": self._help,
-        }
-        handlers[name]()
-        return True
+        if command.do is not None:
+            command.do(self, argument)
+        return command.do is not None
 
-    def _choose(self, names: tuple[str, ...]) -> None:
+    def choose(self, names: tuple[str, ...]) -> None:
         if not set(names) <= set(self.answering.names):
             raise ChatError("there is a model alone, without an adapter: name one with --adapter")
         self.names = names
         self.screen.say(f"{' and '.join(names)} {'answer' if len(names) > 1 else 'answers'} from now on")
 
-    def _system(self, text: str | None) -> None:
-        self.talk = replace(self.talk, system=text)
-        self.screen.say("no system message from now on" if text is None else "that is the system message from now on")
+    def system(self, text: str) -> None:
+        self.talk = replace(self.talk, system=text or None)
+        self.screen.say("that is the system message from now on" if text else "there is no system message from now on")
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
         self.talk = Talk(self.talk.system)
         self.screen.say("all exchanges are forgotten")
 
-    def _undo(self) -> None:
+    def undo(self) -> None:
         self._refuse_empty("/undo")
         self.talk = self.talk.without_last()
         self.screen.say(f"taken back; {self.talk.num_exchanges} exchanges are left")
 
-    def _retry(self) -> None:
+    def retry(self) -> None:
         self._refuse_empty("/retry")
         before = self.talk
         self.talk = before.without_last()
@@ -138,15 +112,16 @@ class Session:
             self.talk = before
             raise
 
-    def _save(self, path: Path) -> None:
+    def save(self, name: str) -> None:
         self._refuse_empty("/save")
+        path = Path(name).expanduser()
         save(self.talk, path)
         unlearned = sum(message.loss is False for message in self.talk.messages)
         told = f"; {unlearned} answers that did not end by themselves are no targets (loss: false)" if unlearned else ""
         gone = f"; {self.talk.left} that had left the talk are not in it" if self.talk.left else ""
         self.screen.say(f"{self.talk.num_exchanges} exchanges are a row of {path} now{told}{gone}")
 
-    def _help(self) -> None:
+    def help(self) -> None:
         for name, command in COMMANDS.items():
             self.screen.say(f"  {f'{name} {command.argument}':<16} {command.meaning}")
         self.screen.say("  a line that ends with \\ goes on in the next one; // begins a message with a slash")
@@ -154,6 +129,28 @@ class Session:
     def _refuse_empty(self, command: str) -> None:
         if not self.talk.messages:
             raise ChatError(f"{command}: nothing has been said yet")
+
+
+class Command(NamedTuple):
+    """argument: what it takes, as /help shows it; in brackets, if it can be left out. do: None leaves the chat."""
+
+    argument: str
+    meaning: str
+    do: Callable[[Session, str], None] | None
+
+
+COMMANDS = {
+    "/both": Command("", BOTH, lambda session, _: session.choose((BASE, ADAPTER))),
+    "/base": Command("", "only the base answers", lambda session, _: session.choose((BASE,))),
+    "/adapter": Command("", "only the adapter answers, as at the start", lambda session, _: session.choose((ADAPTER,))),
+    "/system": Command("[TEXT]", "the system message from now on; without TEXT there is none", Session.system),
+    "/reset": Command("", "forget all exchanges; the system message stays", lambda session, _: session.reset()),
+    "/undo": Command("", "take back the last exchange", lambda session, _: session.undo()),
+    "/retry": Command("", "answer the last message again", lambda session, _: session.retry()),
+    "/save": Command("FILE", "append the talk to FILE.jsonl as a training row", Session.save),
+    "/help": Command("", "this list", lambda session, _: session.help()),
+    "/exit": Command("", "leave; so do Ctrl-D, and Ctrl-C at the prompt", None),
+}
 
 
 @contextmanager

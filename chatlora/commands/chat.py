@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from chatlora.chat.asked import Asked, help_text, parse, refuse_missing_files
 from chatlora.config_files import HELP
 from chatlora.distributed.signals import StopSignals
-from chatlora.errors import ChatError
+from chatlora.errors import ChatError, OutOfMemoryError
 
 if TYPE_CHECKING:
     from chatlora.chat.answers import Answering
@@ -49,9 +49,11 @@ def talk(asked: Asked, answering: Answering) -> None:
         try:
             if not session.take(line.text):
                 return
-        except ChatError as error:
+        except (ChatError, OutOfMemoryError) as error:
             for problem in error.problems:
                 session.screen.say(problem)
+        except KeyboardInterrupt:  # a second one, before the answer's next token: the talk is as it was
+            session.screen.say("stopped at once; the message is taken back")
 
 
 def answer_lines(asked: Asked, answering: Answering) -> None:

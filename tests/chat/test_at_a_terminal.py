@@ -4,12 +4,11 @@ import os
 import pty
 import re
 import select
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.chats import make_chat_world
+from tests.chats import QUESTIONS, make_chat_world, predictions
 from tests.fork_server import At, ForkServer
 
 GREETING = "/help lists the commands"
@@ -20,13 +19,13 @@ SHOW = "chatlora.chat.screens:Terminal.show"
 class Typist:
     """A chat on a terminal of its own."""
 
-    def __init__(self, server: ForkServer, folder: Path, *words: str, at: At | None = None) -> None:
+    def __init__(self, server: ForkServer, talked_to: Path, *words: str, at: At | None = None) -> None:
         self.server, self.seen = server, ""
         self.terminal, slave = pty.openpty()
         streams = [Path(os.ttyname(slave))] * 3
         (self.pid,) = server.start(
-            [str(folder / "model"), "--run.precision", "fp32", "--max_new_tokens", "20", *words],
-            folder,
+            [str(talked_to), "--run.precision", "fp32", "--max_new_tokens", "20", *words],
+            talked_to.parent,
             script="chatlora.commands.chat:run",
             streams=streams,
             at=at,
@@ -57,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_several_lines_are_one_message_and_ctrl_d_leaves(server: ForkServer, folder: Path) -> None:
-    typist = Typist(server, folder)
+    typist = Typist(server, folder / "model")
     typist.type(b"one\\\r")
     typist.until("... ")
     typist.type(b"two\r")
@@ -75,10 +74,22 @@ def test_several_lines_are_one_message_and_ctrl_d_leaves(server: ForkServer, fol
 
 
 def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_chat(server: ForkServer, folder: Path) -> None:
-    typist = Typist(server, folder, at=At("SIGINT", SHOW, 4))
+    typist = Typist(server, folder / "model", at=At("SIGINT", SHOW, 4))
     typist.type(b"Where is Oslo?\r")
     typist.until("stopped; what it said so far stays in the talk")
     typist.type(b"/retry\r")
     typist.until("cut off at 20 tokens")
+    typist.type(CTRL_C)
+    assert typist.leaves() == 0
+
+
+def test_base_and_adapter_stand_side_by_side(server: ForkServer, made: Path) -> None:
+    typist = Typist(server, made / "run", "--max_new_tokens", "3")
+    typist.type(b"/both\r")
+    typist.until("answer from now on")
+    typist.type(f"{QUESTIONS[3]}\r".encode())
+    seen = typist.until("adapter: cut off at 3 tokens")
+    base, adapter = (predictions(made / "run/eval" / name)[3]["prediction"][:5] for name in ("test-base", "test"))
+    assert re.search(rf"\n{re.escape(base)}.* {re.escape(adapter)}", seen)
     typist.type(CTRL_C)
     assert typist.leaves() == 0
