@@ -7,7 +7,8 @@ ChatLoraError            exit status 2: the user's mistake, told as one block wi
 ├── MergeError           exit status 1: a merged model that is not base and adapter
 ├── CheckpointError      exit status 1: a checkpoint that cannot be written or read
 ├── LaunchError          the way the processes were started
-└── PredictionsError     a predictions file handed to the evaluator
+├── PredictionsError     a predictions file handed to the evaluator
+└── ChatError            a message or a command in a chat
 SetAside                 not a mistake: one row that this template cannot render exactly
 NonFiniteError           exit status 1: the run itself went wrong
 OutOfMemoryError         exit status 1: the machine ran out, told with the setting to lower
@@ -88,6 +89,10 @@ class PredictionsError(ChatLoraError):
 class MergeError(ChatLoraError):
     exit_status = 1
     title = "The merged model is refused"
+
+
+class ChatError(ChatLoraError):
+    title = "The chat cannot go on"
 
 
 class CheckpointError(ChatLoraError):

@@ -83,11 +83,13 @@ class ForkServer:
         trace: Path | None = None,
         broken: str | None = None,
         environment: Mapping[str, str] | None = None,
+        streams: Sequence[Path] = (),
     ) -> list[int]:
         """The process ids of the ranks.
 
-        trace: a folder in which each rank notes the examples of each micro-batch. broken: Python that breaks the
-        program, to see a test catch it.
+        script: a module with a `main`, or "module:function". streams: what standard input, output and error are, in
+        place of nothing and the log; a terminal that stands first is the process's own. trace: a folder in which each
+        rank notes the examples of each micro-batch. broken: Python that breaks the program, to see a test catch it.
         """
         if self.process.poll() is not None:
             self.process = self._begin()
@@ -99,6 +101,7 @@ class ForkServer:
             "at": at,
             "broken": broken,
             "environment": environment,
+            "streams": [str(path) for path in streams],
         }
         request["log"] = str(self.log)
         request["trace"] = None if trace is None else str(trace)
@@ -230,8 +233,18 @@ def play(request: dict[str, Any], server: int) -> int:
             arm(at)
     sys.argv = [request["script"], *request["argv"]]
     print(f"---- {request}", file=sys.stderr, flush=True)
-    run_as_script(importlib.import_module(request["script"]).main)
+    redirect(request["streams"])
+    module, _, function = request["script"].partition(":")
+    run_as_script(getattr(importlib.import_module(module), function or "main"))
     return 0
+
+
+def redirect(streams: Sequence[str]) -> None:
+    """In this process. Python has made its own of the old ones, which know whether they are a terminal."""
+    if streams:
+        os.setsid()  # the first terminal that is opened is then the one that Ctrl-C comes from
+    for number, path in enumerate(streams):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
 
 
 def arm(at: At) -> None:

@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"model"}),
     frozenset({"inspection"}),
     frozenset({"chatglm3", "training", "evaluation"}),
-    frozenset({"merging"}),
+    frozenset({"merging", "chat"}),
     frozenset({"commands", "__init__", "__main__"}),
 )
 WITHOUT_TORCH = (

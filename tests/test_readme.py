@@ -27,6 +27,7 @@ FOLDERS = (
     "chatglm3",
     "training",
     "evaluation",
+    "chat",
     "pages",
     "commands",
 )

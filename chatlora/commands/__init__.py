@@ -8,6 +8,7 @@ from chatlora.errors import ConfigError, did_you_mean, run_as_script
 COMMANDS = {
     "train": "train a LoRA adapter: train.py, on every GPU here, from any folder",
     "evaluate": "let it answer held-out conversations, and score that: evaluate.py, likewise",
+    "chat": "talk to a run, an adapter or a model; base and adapter side by side, or scripted by a pipe",
     "inspect": "what would be trained on: every row's account, lengths, and rows with their targets in colour",
     "suspects": "rows of a finished run that are most likely mislabelled, foreign or garbled, with their worst tokens",
     "merge": "base and adapter -> one model that any server takes, checked against them",

@@ -95,10 +95,8 @@ def parse(argv: Sequence[str]) -> Request:
         return _refuse_other_results(Request(read_config(None, flags, problems), folder, given.predictions))
     split = given.split or "test"
     if given.run_dir is not None:
-        config, home = _config_of_run(given.run_dir, flags, problems), given.run_dir / "eval"
-        adapter = given.adapter or given.run_dir / "adapter"
-        if "model.chat_template" not in flags and (adapter / "tokenizer_config.json").is_file():
-            config = config.with_values("model", chat_template=None)  # the one that trained it is there
+        home, adapter = given.run_dir / "eval", given.adapter or given.run_dir / "adapter"
+        config = config_of_run(given.run_dir, adapter, flags, problems)
     else:
         config, home, adapter = read_config(None, flags, problems), Path("eval"), given.adapter
     if given.data is not None and isinstance(config.data.test, float):
@@ -120,11 +118,8 @@ def parse(argv: Sequence[str]) -> Request:
 
 def _as_words(given: argparse.Namespace, flags: Mapping[str, str]) -> None:
     """What was said in another way: a run by the adapter in it, the model or the rows by the setting's own name."""
-    folder = given.run_dir
-    if folder is not None and given.adapter is None and (folder / "adapter_config.json").is_file():
-        run_dir = folder.resolve().parent if folder.name in ("", "..") else folder.parent
-        if (run_dir / "config.yaml").is_file():
-            given.run_dir, given.adapter = run_dir, folder
+    if given.run_dir is not None and given.adapter is None and (run_dir := run_of_adapter(given.run_dir)) is not None:
+        given.run_dir, given.adapter = run_dir, given.run_dir
     if given.predictions is None:
         given.data = given.data or flags.get("data.test")
         if given.run_dir is None:  # beside a run it says where its base model is now
@@ -240,11 +235,22 @@ def _conflicts(given: argparse.Namespace, names: Sequence[str]) -> list[str]:
     return problems
 
 
-def _config_of_run(run_dir: Path, flags: Mapping[str, str], problems: Sequence[str]) -> Config:
+def run_of_adapter(folder: Path) -> Path | None:
+    """The run directory that an adapter's folder lies in; None where it is none, or lies alone."""
+    if not (folder / "adapter_config.json").is_file():
+        return None
+    run_dir = folder.resolve().parent if folder.name in ("", "..") else folder.parent
+    return run_dir if (run_dir / "config.yaml").is_file() else None
+
+
+def config_of_run(run_dir: Path, adapter: Path, flags: Mapping[str, str], problems: Sequence[str]) -> Config:
+    """The run's settings under those of the command line. Raises ConfigError where it is no run directory."""
     if (run_dir / "config.yaml").is_file():
-        return config_from_file(run_dir / "config.yaml", flags, problems)
+        config = config_from_file(run_dir / "config.yaml", flags, problems)
+        has_own = "model.chat_template" not in flags and (adapter / "tokenizer_config.json").is_file()
+        return config.with_values("model", chat_template=None) if has_own else config  # the one that trained it
     fault = "is no run directory (it holds no config.yaml)" if run_dir.is_dir() else "is not a folder"
     runs = [parent for parent in run_dir.absolute().parents if (parent / "config.yaml").is_file()]
-    adapter = f" --adapter {run_dir}" if (run_dir / "adapter_config.json").is_file() else ""
-    hint = f"did you mean {runs[0]}?" if runs else f"give one, or a model with --model M{adapter} --data F"
+    adapter_flag = f" --adapter {run_dir}" if (run_dir / "adapter_config.json").is_file() else ""
+    hint = f"did you mean {runs[0]}?" if runs else f"give one, or a model with --model M{adapter_flag} --data F"
     raise ConfigError(*problems, f"{run_dir} {fault}; {hint}")

@@ -36,6 +36,15 @@ def greedy_settings(max_new_tokens: int, stop_ids: Sequence[int], pad_token_id: 
     )
 
 
+def greedy_settings_for(
+    model: Model, tokenizer: PreTrainedTokenizerBase, template_stop_ids: Sequence[int], max_new_tokens: int
+) -> GenerationConfig:
+    """Those of this model: all that ends a turn, and an id to pad with, which a tokenizer need not name."""
+    stop_ids = all_stop_ids(model, tokenizer, template_stop_ids)
+    pad_token_id = min(stop_ids) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return greedy_settings(max_new_tokens, stop_ids, pad_token_id)
+
+
 @contextmanager
 def only_these_settings(model: Model) -> Iterator[None]:
     """Within, `generate` takes every setting from the GenerationConfig it is given.
@@ -67,6 +76,12 @@ def all_stop_ids(model: Model, tokenizer: PreTrainedTokenizerBase, template_stop
     own_ids = [own] if isinstance(own, int) else own or []
     tokenizer_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return sorted({*template_stop_ids, *own_ids, *tokenizer_ids})
+
+
+def context_length(model: Model) -> int | None:
+    """How many tokens the model was made for, prompt and answer together; None where its config does not say."""
+    limit = model.config.get_text_config(decoder=True).to_dict().get("max_position_embeddings")
+    return None if limit is None else int(limit)
 
 
 # ---- batches
@@ -138,6 +153,25 @@ def collate(batch: Sequence[EvalSample], pad_token_id: int) -> dict[str, Any]:
 # ---- results
 
 
+class Answers:
+    """Generated ids as people read them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        self.stop_ids = frozenset(stop_ids)
+        self.control_ids = control_ids(tokenizer)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Without the token at the end that stopped it, and without those that steer and are no text."""
+        # By id: the same spelling typed as text is made of other ids, and stays. A stop token may be an ordinary one
+        # (a newline, for some base models): only the one at the end stops anything.
+        ends = bool(ids) and ids[-1] in self.stop_ids
+        return self.raw([token for token in ids[: len(ids) - ends] if token not in self.control_ids])
+
+    def raw(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
 class Results:
     """Turns generated ids into predictions and has them on disk before the next batch."""
 
@@ -150,10 +184,8 @@ class Results:
     ) -> None:
         """on_batch: told of each batch's samples and number of new tokens once its predictions are on disk."""
         self.path = path
-        self.tokenizer = tokenizer
         self.on_batch = on_batch
-        self.stop_ids = frozenset(stop_ids)
-        self.control_ids = control_ids(tokenizer)
+        self.answers = Answers(tokenizer, stop_ids)
 
     def append(
         self, samples: Sequence[EvalSample], generated: torch.Tensor, references: Sequence[Sequence[Sequence[int]]]
@@ -161,7 +193,7 @@ class Results:
         """generated: [B, N], the new ids, anything after a row's first stop token being padding."""
         if not samples:
             return
-        answers = [until_stop(row, self.stop_ids) for row in generated.tolist()]
+        answers = [until_stop(row, self.answers.stop_ids) for row in generated.tolist()]
         predictions = [self._prediction(*row) for row in zip(samples, answers, references, strict=True)]
         append_predictions(self.path, predictions)
         self.on_batch(samples, sum(len(ids) for ids, _ in answers))
@@ -170,25 +202,16 @@ class Results:
         self, sample: EvalSample, answer: tuple[Sequence[int], bool], references: Sequence[Sequence[int]]
     ) -> Prediction:
         ids, stopped = answer
-        texts = [self._text(reference) for reference in references]
+        texts = [self.answers.text(reference) for reference in references]
         return Prediction(
             id=sample.id,
             turn=sample.turn,
-            prompt=self._raw(sample.input_ids),
-            prediction=self._text(ids),
-            prediction_raw=self._raw(ids),
+            prompt=self.answers.raw(sample.input_ids),
+            prediction=self.answers.text(ids),
+            prediction_raw=self.answers.raw(ids),
             reference=texts if len(texts) > 1 else texts[0],
             stop_reason="stop" if stopped else "length",
         )
-
-    def _text(self, ids: Sequence[int]) -> str:
-        # By id: the same spelling typed as text is made of other ids, and stays. A stop token may be an ordinary one
-        # (a newline, for some base models): only the one at the end stops anything.
-        ends = bool(ids) and ids[-1] in self.stop_ids
-        return self._raw([token for token in ids[: len(ids) - ends] if token not in self.control_ids])
-
-    def _raw(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def until_stop(ids: Sequence[int], stop_ids: frozenset[int]) -> tuple[list[int], bool]:

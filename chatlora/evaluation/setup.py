@@ -10,6 +10,7 @@ from rich.console import Console
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from chatlora.cache import cache_root
+from chatlora.config import Config
 from chatlora.data.evaluation_set import EvalSample, prepare_evaluation_data
 from chatlora.data.ledger import summary_lines
 from chatlora.distributed.memory import not_loaded, out_of_memory_told
@@ -21,11 +22,11 @@ from chatlora.evaluation.generation import (
     Budget,
     Model,
     Results,
-    all_stop_ids,
     batch_budget,
     collate,
+    context_length,
     cost,
-    greedy_settings,
+    greedy_settings_for,
     group,
     only_these_settings,
 )
@@ -104,12 +105,7 @@ def rendered(request: Request) -> Rendered:
     """Raises DataError with what is wrong in the rows, ModelError where there is no tokenizer or no adapter."""
     adapter = None if request.adapter is None else find_adapter(request.adapter)
     if not request.of_run:  # a run's config says it all
-        model = request.config.model
-        given = {name: getattr(model, name) for name in model.model_fields_set}
-        merged = Path(model.name_or_path)  # or any model: where no settings of a training stand, nothing changes
-        trained = with_template_settings(model, merged) if adapter is None else as_adapter_was_trained(model, adapter)
-        settings = trained.model_copy(update=given)
-        request = replace(request, config=request.config.model_copy(update={"model": settings}))
+        request = replace(request, config=as_trained(request.config, adapter))
     tokenizer = load_tokenizer(request.config.model, adapter)
     renderer = _renderer(request, tokenizer)
     return Rendered(request, adapter, tokenizer, renderer, *_samples(request, renderer))
@@ -123,16 +119,11 @@ def set_up(request: Request, runtime: Runtime) -> Generation:
     for line in summary_lines(ledger):
         say(line)
     with out_of_memory_told(not_loaded(config.model.name_or_path, runtime)):
-        model: Model = runtime.move_to_device(load_base_model(config.model, dtype=runtime.dtype)).eval()
-        if adapter is not None:
-            model = load_adapter(model, adapter)
-            refuse_stacked_experts(model)
+        model = loaded(config, adapter, runtime)
         fitting = batch_budget(model, runtime.device)
         model = runtime.for_generation(model)
 
     longest = config.evaluation.max_new_tokens
-    stop_ids = all_stop_ids(model, tokenizer, renderer.stop_ids)
-    pad_token_id = min(stop_ids) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     fair = max(1, -(-len(samples) // runtime.num_processes))  # no process is idle for want of a batch
     tokens = int(runtime.broadcast_text(str(fitting.tokens)))  # free memory differs, and all must cut the same batches
     budget = Budget(config.evaluation.max_tokens_per_batch or tokens, min(fitting.rows, fair))
@@ -147,7 +138,8 @@ def set_up(request: Request, runtime: Runtime) -> Generation:
     references = sum(len(sample.references) for sample in samples)
     _note_limit(model, max(len(sample.input_ids) for sample in samples) + longest, say)
     say(f"{len(samples):,} prompts with {references:,} references in {len(batches):,} batches; {runtime.precision}")
-    settings = greedy_settings(longest, stop_ids, pad_token_id)
+    settings = greedy_settings_for(model, tokenizer, renderer.stop_ids, longest)
+    stop_ids = settings.eos_token_id
     metadata = {
         "data": [source.path for source in request.sources],
         "set_aside": sum(len(source["set_aside"]) for source in ledger["sources"]),
@@ -158,8 +150,29 @@ def set_up(request: Request, runtime: Runtime) -> Generation:
     return Generation(runtime, model, tokenizer, samples, own_batches, settings, budget, metadata)
 
 
+def as_trained(config: Config, adapter: Path | None) -> Config:
+    """What was not given is as training left it beside the adapter, or in a merged model's folder.
+
+    That is what the template was told, and the base's revision. Of any other model nothing changes.
+    """
+    model = config.model
+    given = {name: getattr(model, name) for name in model.model_fields_set}
+    merged = Path(model.name_or_path)
+    trained = with_template_settings(model, merged) if adapter is None else as_adapter_was_trained(model, adapter)
+    return config.model_copy(update={"model": trained.model_copy(update=given)})
+
+
+def loaded(config: Config, adapter: Path | None, runtime: Runtime) -> Model:
+    """The base model on the device, with the adapter on it where there is one, in evaluation mode."""
+    model: Model = runtime.move_to_device(load_base_model(config.model, dtype=runtime.dtype)).eval()
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+        refuse_stacked_experts(model)
+    return model
+
+
 def _note_limit(model: Model, needed: int, say: Callable[[str], None]) -> None:
-    limit = model.config.get_text_config(decoder=True).to_dict().get("max_position_embeddings")
+    limit = context_length(model)
     if limit is not None and needed > limit:
         say(
             f"the longest prompt and its answer may take {needed:,} tokens, but the model was made for {limit:,}: "

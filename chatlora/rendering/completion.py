@@ -14,6 +14,7 @@ from chatlora.rendering.control_text import ControlText
 from chatlora.rendering.embedded import FAMILIES, REPLY, behind, family_template
 from chatlora.rendering.renderer import Renderer
 from chatlora.rendering.template import chat_template_of, resolve_template_kwargs
+from chatlora.rendering.thoughts import opening_of
 
 LONG = 1_000_000_000
 
@@ -112,4 +113,4 @@ class _Own:
 
     def opens_thought(self) -> bool:
         prompt = self.prompt(_KINDS[0], self.template)
-        return prompt is not None and str(self.tokenizer.decode(prompt)).rstrip().endswith("<think>")
+        return prompt is not None and bool(opening_of(str(self.tokenizer.decode(prompt))))

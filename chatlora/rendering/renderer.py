@@ -200,11 +200,18 @@ class Renderer:
         remarks = remarks_on(taken.conversation, self._text, drafts[-1].turns[0].prompt, answered)
         return RenderedForEvaluation(tuple(examples), tuple(set_aside), cut, altered, remarks)
 
-    def prompt_ids(self, conversation: Conversation) -> list[int]:
-        """The ids of the whole conversation and the generation prompt after it."""
+    def prompt_ids(self, conversation: Conversation, *, checked: bool = False) -> list[int]:
+        """The ids of the whole conversation and the generation prompt after it.
+
+        checked: raises SetAside, as `render_for_evaluation` does, where the template drops something of it.
+        """
         with bounded(bounds_for(conversation)):
             messages, tools = self._masked(self.taking.taken(conversation).conversation)
-            return self._text.encode(self._at(conversation).template.render(messages, tools, prompt=True)).ids
+            template = self._at(conversation).template
+            prompt = template.render(messages, tools, prompt=True)
+            if checked:
+                check_context(template, self._contexts, messages, tools, Turn(len(messages), prompt, ""))
+            return self._text.encode(prompt).ids
 
     def turns(self, conversation: Conversation, supervise: Supervise = "all") -> list[Turn]:
         """The supervised turns as text. Raises SetAside as `render` does."""

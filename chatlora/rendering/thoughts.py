@@ -21,8 +21,8 @@ KEPT = f"{A_THOUGHT} is kept at the head of the reply's text"
 PUT = f"{A_THOUGHT} from a field of its own is put at the head of the reply's text"
 LEFT_OUT = f"{A_THOUGHT} is left out"
 
-_OPEN, _CLOSE = "<think>", "</think>"
-_TAGS = re.compile(f"({_OPEN})(.*)({_CLOSE})", re.DOTALL)  # of a head: the thought itself may spell some too
+OPEN, CLOSE = "<think>", "</think>"
+_TAGS = re.compile(f"({OPEN})(.*)({CLOSE})", re.DOTALL)  # of a head: the thought itself may spell some too
 _ASKED = Message("user", "Hello")
 _REPLIES = 2  # to see what an earlier one keeps
 _THOUGHT, _ANSWER = "w918275w", "w918276w"  # for a thought and a text that no template has by itself
@@ -37,13 +37,13 @@ def place_of(template: ChatTemplate, wanted: Reasoning) -> Place:
     """
     if wanted != "auto":
         return wanted
-    inside = _as_text(_THOUGHT, _OPEN, _CLOSE) + _ANSWER
-    opened = _rendered(template, (_ASKED,), prompt=True).rstrip().endswith(_OPEN)
+    inside = _as_text(_THOUGHT, OPEN, CLOSE) + _ANSWER
+    opened = opening_of(_rendered(template, (_ASKED,), prompt=True))
     if opened or _replied(template, Message("assistant", inside)).count(inside) < _REPLIES:
         return "field"
     apart = _replied(template, Message("assistant", _ANSWER, _THOUGHT))
     hidden = _replied(template, Message("assistant", _as_text(_THOUGHT, _HIDDEN_OPEN, _HIDDEN_CLOSE) + _ANSWER))
-    as_text = hidden.replace(_HIDDEN_OPEN, _OPEN).replace(_HIDDEN_CLOSE, _CLOSE)
+    as_text = hidden.replace(_HIDDEN_OPEN, OPEN).replace(_HIDDEN_CLOSE, CLOSE)
     return "text" if _THOUGHT not in apart or apart == as_text else "field"
 
 
@@ -57,9 +57,15 @@ def placed(message: Message, place: Place) -> tuple[Message, str | None]:
         return (message if head is None else replace(message, thought_text=None)), None
     if place == "drop":
         return replace(message, reasoning=None, thought_text=None), LEFT_OUT
-    text = _as_text(message.reasoning or "", _OPEN, _CLOSE) if head is None else head
+    text = _as_text(message.reasoning or "", OPEN, CLOSE) if head is None else head
     told = replace(message, content=text + message.content, reasoning=None, thought_text=text)
     return told, KEPT if message.thought_text is not None else PUT
+
+
+def opening_of(prompt: str) -> str:
+    """The thought that a prompt begins for its reply: `<think>` and the whitespace behind it, or nothing."""
+    _, tag, rest = prompt.rpartition(OPEN)
+    return "" if rest.strip() else tag + rest if tag else ""
 
 
 def masked_behind_tags(content: str, head: str, mask: Callable[[str], str], tokens: Collection[str]) -> str:
@@ -68,7 +74,7 @@ def masked_behind_tags(content: str, head: str, mask: Callable[[str], str], toke
     if tags is None:
         return mask(content)
     pieces = (content[: tags.start()], *tags.groups(), content[tags.end() :])
-    return "".join(piece if piece in (_OPEN, _CLOSE) and piece in tokens else mask(piece) for piece in pieces)
+    return "".join(piece if piece in (OPEN, CLOSE) and piece in tokens else mask(piece) for piece in pieces)
 
 
 def _as_text(thought: str, opening: str, closing: str) -> str:

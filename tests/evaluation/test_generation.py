@@ -123,7 +123,7 @@ class Recorder(Results):
 
     def append(self, samples: Any, generated: torch.Tensor, references: Any) -> None:
         self.rows = getattr(self, "rows", {}) | {
-            sample.id: generation.until_stop(row, self.stop_ids)[0]
+            sample.id: generation.until_stop(row, self.answers.stop_ids)[0]
             for sample, row in zip(samples, generated.tolist(), strict=True)
         }
         super().append(samples, generated, references)

@@ -1,0 +1,95 @@
+"""`chatlora chat` at a terminal: text as it comes, Ctrl-C, several lines in one message."""
+
+import os
+import pty
+import re
+import select
+from pathlib import Path
+
+import pytest
+
+from tests.chats import QUESTIONS, make_chat_world, predictions
+from tests.fork_server import At, ForkServer
+
+GREETING = "/help lists the commands"
+CTRL_C, CTRL_D = b"\x03", b"\x04"
+SHOW = "chatlora.chat.screens:Terminal.show"
+
+
+class Typist:
+    """A chat on a terminal of its own."""
+
+    def __init__(self, server: ForkServer, talked_to: Path, *words: str, at: At | None = None) -> None:
+        self.server, self.seen = server, ""
+        self.terminal, slave = pty.openpty()
+        streams = [Path(os.ttyname(slave))] * 3
+        (self.pid,) = server.start(
+            [str(talked_to), "--run.precision", "fp32", "--max_new_tokens", "20", *words],
+            talked_to.parent,
+            script="chatlora.commands.chat:run",
+            streams=streams,
+            at=at,
+            environment={"TERM": "xterm", "COLUMNS": "100"},
+        )
+        self.until(GREETING)
+        os.close(slave)
+
+    def type(self, raw: bytes) -> None:
+        os.write(self.terminal, raw)
+
+    def until(self, text: str) -> str:
+        """What was seen from the last time on, up to this."""
+        while text not in self.seen:
+            assert select.select([self.terminal], [], [], 60)[0], self.seen
+            self.seen += os.read(self.terminal, 65536).decode("utf-8", "replace")
+        before, _, self.seen = self.seen.partition(text)
+        return before + text
+
+    def leaves(self) -> int:
+        (status,) = self.server.wait([self.pid])
+        return status
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_chat_world(tmp_path_factory.mktemp("world"))
+
+
+def test_several_lines_are_one_message_and_ctrl_d_leaves(server: ForkServer, folder: Path) -> None:
+    typist = Typist(server, folder / "model")
+    typist.type(b"one\\\r")
+    typist.until("... ")
+    typist.type(b"two\r")
+    typist.until("cut off at 20 tokens")
+    typist.type(b"\x1b[200~three\nfour\x1b[201~\r")  # pasted
+    typist.until("cut off at 20 tokens")
+    typist.type(b"/sve\r")
+    typist.until("did you mean '/save'?")  # and it goes on
+    typist.type(f"/save {folder}/typed.jsonl\r".encode())
+    typist.until("are a row of")
+    typist.type(CTRL_D)
+    assert typist.leaves() == 0
+    row = (folder / "typed.jsonl").read_text()
+    assert re.findall(r'"user", "content": "(.*?)"', row) == [r"one\ntwo", r"three\nfour"]
+
+
+def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_chat(server: ForkServer, folder: Path) -> None:
+    typist = Typist(server, folder / "model", at=At("SIGINT", SHOW, 4))
+    typist.type(b"Where is Oslo?\r")
+    typist.until("stopped; what it said so far stays in the talk")
+    typist.type(b"/retry\r")
+    typist.until("cut off at 20 tokens")
+    typist.type(CTRL_C)
+    assert typist.leaves() == 0
+
+
+def test_base_and_adapter_stand_side_by_side(server: ForkServer, made: Path) -> None:
+    typist = Typist(server, made / "run", "--max_new_tokens", "3")
+    typist.type(b"/both\r")
+    typist.until("answer from now on")
+    typist.type(f"{QUESTIONS[3]}\r".encode())
+    seen = typist.until("adapter: cut off at 3 tokens")
+    base, adapter = (predictions(made / "run/eval" / name)[3]["prediction"][:5] for name in ("test-base", "test"))
+    assert re.search(rf"\n{re.escape(base)}.* {re.escape(adapter)}", seen)
+    typist.type(CTRL_C)
+    assert typist.leaves() == 0

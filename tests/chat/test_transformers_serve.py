@@ -1,0 +1,106 @@
+"""`transformers serve`, run for real, by the lines of docs/serving.md: a client gets evaluate.py's greedy text."""
+
+import json
+import shlex
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers.utils.import_utils import is_serve_available
+
+from tests.chats import LETTER, QUESTIONS, SYSTEM, predictions
+from tests.runs import wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(
+    not is_serve_available(), reason="transformers serve needs fastapi, uvicorn and openai: pip install -e '.[test]'"
+)
+
+
+def documented() -> list[str]:
+    """The lines of docs/serving.md: what is installed, those that make the folder, and last the server's."""
+    text = (ROOT / "docs/serving.md").read_text(encoding="utf-8").partition("## transformers serve")[2]
+    block = text.partition("```bash\n")[2].partition("```")[0]
+    return block.splitlines()
+
+
+class Server:
+    def __init__(self, home: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.url = f"http://localhost:{probe.getsockname()[1]}"
+        words = shlex.split(documented()[-1])
+        words[words.index("8000")] = self.url.rpartition(":")[2]
+        program = Path(sys.executable).with_name("transformers")
+        self.log = home / "serve.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [str(program), *words[1:], "--device", "cpu"], cwd=home, stdout=log, stderr=log
+            )
+
+    def is_up(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            with urllib.request.urlopen(f"{self.url}/health") as answer:
+                return bool(answer.status == 200)
+        except urllib.error.URLError:
+            return False
+
+    def says(self, model: Path, question: str, **more: Any) -> str:
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+        asked = {"model": str(model), "messages": messages, "temperature": 0, "max_tokens": 16, **more}
+        request = urllib.request.Request(
+            f"{self.url}/v1/chat/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            return str(json.load(answer)["choices"][0]["message"]["content"])
+
+
+@pytest.fixture(scope="module")
+def served(made: Path) -> Path:
+    """`made` with the folder of links beside its base, and with a merged model, as PEFT makes one."""
+    from chatlora import load_for_inference
+
+    (made / "BASE").symlink_to(made / "model")
+    (made / "RUN").symlink_to(made / "run")
+    subprocess.run("\n".join(documented()[1:-1]), shell=True, cwd=made, check=True)
+    model, tokenizer = load_for_inference(made / "run", merge=True)
+    model.save_pretrained(made / "merged")
+    tokenizer.save_pretrained(made / "merged")
+    return made
+
+
+@pytest.fixture(scope="module")
+def server_at(served: Path) -> Iterator[Server]:
+    server = Server(served)
+    try:
+        wait_until(server.is_up)
+        yield server
+    finally:
+        server.process.terminate()
+        server.process.wait()
+
+
+def wanted_of(served: Path, name: str) -> list[str]:
+    """What evaluate.py says. A stop token that is an ordinary letter stays in what the server says."""
+    lines = predictions(served / "run/eval" / name)[:6]
+    ends = [line["stop_reason"] == "stop" and line["prediction_raw"].endswith(LETTER) for line in lines]
+    return [line["prediction"] + LETTER * end for line, end in zip(lines, ends, strict=True)]
+
+
+def test_a_client_gets_the_greedy_text_of_evaluate(served: Path, server_at: Server) -> None:
+    assert wanted_of(served, "test") != wanted_of(served, "test-base")
+    for folder, name in (("served", "test"), ("merged", "test"), ("model", "test-base")):
+        assert [server_at.says(served / folder, question) for question in QUESTIONS[:6]] == wanted_of(served, name)
+
+
+def test_a_server_that_is_not_told_the_templates_arguments_says_something_else(served: Path, server_at: Server) -> None:
+    told = {"chat_template_kwargs": {"enable_thinking": True}}
+    said = [server_at.says(served / "served", question, **told) for question in QUESTIONS[:6]]
+    assert said != wanted_of(served, "test")
