@@ -15,3 +15,11 @@ def made(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert server.run([str(folder / "my.yaml")], folder) == [0]
     assert server.run([str(folder / "run"), "--compare", "base"], folder, script="evaluate") == [0]
     return folder
+
+
+@pytest.fixture(scope="session")
+def merged(server: ForkServer, made: Path) -> Path:
+    """The run of `made` as one model, merged/ beside it."""
+    words = [str(made / "run"), str(made / "merged"), "--data", str(made / "test.jsonl")]
+    assert server.run(words, made, script="chatlora.commands.merge:run") == [0]
+    return made / "merged"

@@ -74,6 +74,13 @@ def test_an_adapter_alone_says_what_its_run_says(made: Path, chats: Chats) -> No
     assert texts(chats(*words, lines=FEW, named="model")) != wanted[:6]
 
 
+def test_a_merged_model_says_what_its_run_says(made: Path, merged: Path, chats: Chats) -> None:
+    """Under the settings beside it."""
+    wanted = [line["prediction"] for line in predictions(made / "run/eval/test")]
+    done = chats("--json", *AS_THE_RUN, "--data.system", SYSTEM, lines=APART, named=merged.name)
+    assert texts(done, "model") == wanted
+
+
 def test_a_model_alone_answers_and_has_no_adapter_to_switch(made: Path, chats: Chats) -> None:
     wanted = [line["prediction"] for line in predictions(made / "run/eval/test-base")[:6]]
     kwargs = ("--model.chat_template_kwargs", "{enable_thinking: false}")

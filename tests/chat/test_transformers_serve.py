@@ -63,16 +63,12 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def served(made: Path) -> Path:
-    """`made` with the folder of links beside its base, and with a merged model, as PEFT makes one."""
-    from chatlora import load_for_inference
-
+def served(made: Path, merged: Path) -> Path:
+    """`made` with the folder of links, and with the merged model beside it."""
+    assert merged == made / "merged"
     (made / "BASE").symlink_to(made / "model")
     (made / "RUN").symlink_to(made / "run")
     subprocess.run("\n".join(documented()[1:-1]), shell=True, cwd=made, check=True)
-    model, tokenizer = load_for_inference(made / "run", merge=True)
-    model.save_pretrained(made / "merged")
-    tokenizer.save_pretrained(made / "merged")
     return made
 
 
