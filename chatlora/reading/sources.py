@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 LEAVE_OUT = "To train without such rows: --data.on_bad_row set_aside, which names each of them in the ledger."
 MOST_PROBLEMS = 10_000  # reading stops after so many mistakes
 OTHER_ENDINGS = (".txt", ".zip", ".tar", ".xlsx", ".yaml", ".yml", ".md", ".py")
+WILDCARDS = "*?["
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(:[\w.-]+)?")
 
 
@@ -183,8 +184,9 @@ def files_of(source: Source, use: str = "train") -> Chosen | None:
         found = files_in(path)
     elif path.exists():
         found = [(path, None)]
-    elif any(character in named for character in "*?["):
-        found = [(file, part_of(Path(file.name))) for file in sorted(_matching(path)) if file.is_file()]
+    elif any(mark in named for mark in WILDCARDS):
+        fixed = _fixed_part(path)
+        found = [(file, part_of(file.relative_to(fixed))) for file in sorted(_matching(path)) if file.is_file()]
     elif _looks_like_file(named, path):
         hint = similar_beside(path) if path.parent.is_dir() else "; that folder does not exist either"
         raise DataError(f"{named}: no such file or folder under {path.absolute().parent}{hint}")
@@ -211,6 +213,11 @@ def _embedded_file(named: str) -> Path:
 
 def _matching(pattern: Path) -> Iterator[Path]:
     return Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """The folder in front of the first wildcard: what is named behind it, the pattern leaves open."""
+    return next(folder for folder in pattern.parents if not any(mark in str(folder) for mark in WILDCARDS))
 
 
 def _looks_like_file(named: str, path: Path) -> bool:
