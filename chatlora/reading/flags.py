@@ -21,6 +21,7 @@ FLAGS: dict[str, bool] = {  # key of a message -> the value that means "to be le
     "masked": False,  # torchtune
 }
 EITHER_SENSE = "mask"
+OF_SPANS = "train_detail"  # axolotl: which characters of the message are learned
 # What the sentences on flags have in common.
 NOTHING_READS = "which nothing reads"
 TRUE_OR_FALSE = "it is true or false"
@@ -72,6 +73,15 @@ def read_loss(
     return next(iter(said.values()), None)
 
 
+def told_learned_context(fields: Mapping[str, Any], role: str, path: str) -> str:
+    """What is said of a turn of the system or of the user that asks to be learned, as its author will have meant."""
+    key = next((key for key in FLAGS if key in fields and _as_bool(fields[key]) is FLAGS[key]), EITHER_SENSE)
+    return (
+        f"{path}.{key} says that a turn of the {role} is learned, and chatlora learns what the assistant says; take it "
+        f"from such turns, or read it nowhere with ignore: [{key}]"
+    )
+
+
 def _as_bool(value: Any) -> bool | None:
     return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
@@ -80,6 +90,11 @@ def report_unknown_flags(
     fields: Mapping[str, Any], read: Mapping[str, Any] | set[str], path: str, problems: list[str]
 ) -> None:
     """A true, false or number that nothing reads may be the mask of a data set that nobody here has heard of."""
+    if fields.get(OF_SPANS) and OF_SPANS not in read:
+        problems.append(
+            f"{path}.{OF_SPANS} says which part of the message is learned, and nothing is learned in part; leave such "
+            f"rows out with on_bad_row: set_aside, or learn all of it with ignore: [{OF_SPANS}]"
+        )
     for key in fields.keys() - read - NO_FLAGS:
         if isinstance(fields[key], (bool, int, float)):
             problems.append(

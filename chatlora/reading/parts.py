@@ -48,7 +48,9 @@ def files_in(folder: Path) -> list[File]:
     inside = [path for path in sorted(_walked(folder)) if not _is_hidden(path.relative_to(folder))]
     dangling = [path for path in inside if _is_data(path) and not path.is_file()]
     if dangling:
-        raise DataError(*(f"{path}: a link to {path.readlink()}, which is not there; copy it again" for path in dangling))
+        raise DataError(
+            *(f"{path}: a link to {path.readlink()}, which is not there; copy it again" for path in dangling)
+        )
     states = {path.parent: _told_by(path) for path in inside if path.name == STATE and path.with_name(INFO) in inside}
     kept = {saved: _rows_of(saved, told) for saved, told in states.items()}
     return [

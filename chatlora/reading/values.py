@@ -149,6 +149,12 @@ def read_part(part: Mapping[str, Any], path: str, problems: list[str]) -> str | 
         )
         return None
     key = TEXT_PARTS[kind]
+    for other in sorted(map(str, part.keys() - {"index"})):
+        if isinstance(part[other], (bool, int, float)):
+            problems.append(
+                f"{path}.{other} is {described(part[other])}: if it says what is learned, nothing is learned in part; "
+                "make it two messages, or take it away, with reader: my_rows.py:read"
+            )
     return read_text(part.get(key), f"{path}.{key}", problems, instead_of(key, part))
 
 

@@ -113,7 +113,9 @@ def test_the_order_of_splits_is_that_of_the_pieces() -> None:
 
 
 @pytest.mark.parametrize("system", [(), (Message("system", "Be kind."),)])
-def test_rows_that_open_with_the_same_greeting_are_told_apart_by_what_is_asked_then(system: tuple[Message, ...]) -> None:
+def test_rows_that_open_with_the_same_greeting_are_told_apart_by_what_is_asked_then(
+    system: tuple[Message, ...],
+) -> None:
     opening = (*system, Message("assistant", "How may I help?"))
     rows = [Conversation((*opening, Message("user", f"q{row}"), Message("assistant", "a"))) for row in range(1000)]
     likenesses = Likenesses.of((likeness_of(row), "") for row in rows)
