@@ -133,7 +133,8 @@ def _note(found: Turns, turn: Any, path: str, problems: list[str]) -> None:
     if not isinstance(turn, Mapping):
         return
     last = found.messages[-1] if found.messages else None
-    found.not_used |= unread_keys(turn, last.role if last else None)
+    own = folded(turn.get("role", turn.get("from")))
+    found.not_used |= unread_keys(turn, own if own in CALL_ROLES or last is None else last.role)
     if last is not None and last.loss and last.role in ("system", "user"):
         found.learned_context.append(told_learned_context(turn, last.role, path))
     if turn.get("tools") and last is not None and last.role == "system":  # GLM-4

@@ -15,6 +15,7 @@ from chatlora.errors import did_you_mean
 
 MOST_LEVELS = 64  # of lists and objects inside each other; templates, and Python, walk them by recursion
 EMPTY: tuple[Any, ...] = (None, "", [], {})  # what says nothing, and need not be told where nothing reads it
+_OF_JSON = (str, bool, int, float, type(None), Mapping, list, tuple)
 _WRITE_JSON = "write it with a JSON library"
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text"}  # type of a part -> where its text stands
 
@@ -109,9 +110,17 @@ def is_text(value: str, path: str, problems: list[str]) -> bool:
 
 
 def is_json(value: Any, path: str, problems: list[str]) -> bool:
-    """Whether a JSON value can be written out, and rendered: not too deep, and text throughout."""
+    """Whether a JSON value can be written out, and rendered: not too deep, and text throughout, keys too."""
     level: list[Any] = [value]
     for _ in range(MOST_LEVELS):
+        odd = next(
+            (key for each in level if isinstance(each, Mapping) for key in each if not isinstance(key, str)), None
+        )
+        if odd is not None:
+            problems.append(
+                f"{path} has the key {odd!r}, which is no text; JSON has text alone there: put it in quotes"
+            )
+            return False
         level = [item for each in level for item in _inside(each)]
         if not level:
             return is_text(json.dumps(value, ensure_ascii=False, default=str), path, problems)
@@ -120,9 +129,14 @@ def is_json(value: Any, path: str, problems: list[str]) -> bool:
 
 
 def is_finite(value: Any, path: str, problems: list[str]) -> bool:
-    """Whether there is no NaN and no infinity in a JSON value: JSON has none, and no tool could be called so."""
+    """Whether there is no NaN, no infinity, no date and no bytes in a JSON value: JSON has none, and no tool could be
+    called so."""
     level: list[Any] = [value]
     while level:
+        other = next((each for each in level if not isinstance(each, _OF_JSON)), None)
+        if other is not None:
+            problems.append(f"{path} holds {described(other)}, which is no JSON; write it as text or a number")
+            return False
         if any(isinstance(each, float) and not isfinite(each) for each in level):
             problems.append(f"{path} holds NaN or infinity, which is no JSON; write null, text or a number")
             return False
