@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chatlora.reading.turns import Turns, read_turns
-from chatlora.reading.values import EMPTY
+from chatlora.reading.values import says_nothing
 
 
 @dataclass(slots=True)
@@ -53,4 +53,4 @@ class Fields:
     def left(self) -> dict[str, Any]:
         """The row's columns that hold something and that nobody took."""
         seen = self.taken | self.ignored
-        return {name: value for name, value in self.row.items() if name not in seen and value not in EMPTY}
+        return {name: value for name, value in self.row.items() if name not in seen and not says_nothing(value)}

@@ -31,7 +31,7 @@ from chatlora.reading.conversation import Conversation, Message
 from chatlora.reading.fields import Fields
 from chatlora.reading.forms import FORMS, read_form, read_kwargs, read_offered
 from chatlora.reading.turns import MESSAGE_KEYS
-from chatlora.reading.values import EMPTY, listed
+from chatlora.reading.values import listed, says_nothing
 
 MAIN_COLUMNS = tuple(dict.fromkeys(name for form in FORMS.values() for name in form.needs))
 OWN_NAMES = (*MAIN_COLUMNS, *BESIDE, *MESSAGE_KEYS)  # what `columns` may name
@@ -110,7 +110,7 @@ def _named(row: Mapping[str, Any], columns: Mapping[str, str], ignored: frozense
     fields = Fields(row, keys, ignored)
     for name, value in row.items():
         own = OURS.get(name)
-        if own is None or name in spoken_for or value is None or (own in BESIDE and value in EMPTY):
+        if own is None or name in spoken_for or value is None or (own in BESIDE and says_nothing(value)):
             continue
         if own == "system" and own in fields.names and own not in columns and value != fields.peek(own):
             problems.append(f"{fields.path(own)} and {name} say different things; ignore: [{name}] keeps the first")

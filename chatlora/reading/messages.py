@@ -8,7 +8,7 @@ from chatlora.reading.content import Content, has_more_than_text, read_content
 from chatlora.reading.conversation import Message, Role, Said, ToolCall, split_reasoning
 from chatlora.reading.flags import FLAGS, read_loss, report_unknown_flags
 from chatlora.reading.roles import CALL_ROLES, ROLE_NAMES, folded, read_role
-from chatlora.reading.values import EMPTY, described, instead_of, listed, read_optional_text, read_text
+from chatlora.reading.values import described, instead_of, listed, read_optional_text, read_text, says_nothing
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 READ_KEYS = {"role", "content", "from", "value", "name", "tool_call_id", "mask", *FLAGS}
@@ -25,7 +25,7 @@ ONE_OF = (("content", "refusal"), ("content", "observation"), ("value", "observa
 def unread_keys(turn: Mapping[str, Any], role: str | None) -> set[str]:
     """The keys of a turn that hold something and that nothing reads. role: its own, or that of a call."""
     left = turn.keys() - READ_KEYS - READ_OF.get(role or "", set())
-    return {str(key) for key in left if turn[key] not in EMPTY}
+    return {str(key) for key in left if not says_nothing(turn[key])}
 
 
 def read_message(
@@ -50,7 +50,7 @@ def read_message(
         return []
     report_unknown_flags(fields, ALL_READ, path, problems)
     for one, other in ONE_OF:
-        if fields.get(one) not in EMPTY and fields.get(other) not in EMPTY:
+        if not says_nothing(fields.get(one)) and not says_nothing(fields.get(other)):
             problems.append(f"{path} has both {one} and {other}, of which one is read; keep one, or ignore: [{other}]")
     if folded(fields.get(role_key)) in CALL_ROLES:
         return _read_call(fields, path, content_key, flags, problems)

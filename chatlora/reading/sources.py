@@ -140,7 +140,7 @@ def _grouped(conversation: Conversation, row: Mapping[str, Any], column: str | N
     if column is None:
         return conversation
     if row.get(column) is None:
-        hint = did_you_mean(column, row) or f"; the row has {', '.join(row)}"
+        hint = did_you_mean(column, row.keys() - {column}) or f"; the row has {', '.join(row)}"
         raise DataError(f"{conversation.place}: {column}, which group_by names, is missing or null{hint}")
     return replace(conversation, group=json.dumps(row[column], sort_keys=True))
 

@@ -20,7 +20,7 @@ from chatlora.reading.flags import flags_of, read_loss, report_unknown_flags, to
 from chatlora.reading.marked_text import GLAIVE, MOSS, read_glaive, read_moss
 from chatlora.reading.messages import read_message, unread_keys
 from chatlora.reading.roles import CALL_ROLES, folded
-from chatlora.reading.values import EMPTY, listed, read_list, read_text
+from chatlora.reading.values import listed, read_list, read_text, says_nothing
 
 PAIRS = (  # what a turn that is a whole exchange calls its two texts
     ("human", "assistant"),
@@ -181,7 +181,7 @@ def _exchange(
     turn: Mapping[str, Any], pair: tuple[str, str], path: str, problems: list[str], flags: Mapping[str, bool]
 ) -> list[Message]:
     report_unknown_flags(turn, {*pair, *flags}, path, problems)
-    beside = [key for key in (*WITH_A_QUESTION, "system") if key not in pair and turn.get(key) not in EMPTY]
+    beside = [key for key in (*WITH_A_QUESTION, "system") if key not in pair and not says_nothing(turn.get(key))]
     if beside:
         problems.append(f"{path}: {listed(beside)} beside {pair[0]} and {pair[1]} {NOT_READ}[{', '.join(beside)}]")
     question, answer = (read_text(turn[key], f"{path}.{key}", problems) for key in pair)

@@ -14,10 +14,14 @@ from typing import Any
 from chatlora.errors import did_you_mean
 
 MOST_LEVELS = 64  # of lists and objects inside each other; templates, and Python, walk them by recursion
-EMPTY: tuple[Any, ...] = (None, "", [], {})  # what says nothing, and need not be told where nothing reads it
 _OF_JSON = (str, bool, int, float, type(None), Mapping, list, tuple)
 _WRITE_JSON = "write it with a JSON library"
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text"}  # type of a part -> where its text stands
+
+
+def says_nothing(value: Any) -> bool:
+    """What need not be told where nothing reads it: null, an empty text, list or object."""
+    return value is None or (isinstance(value, (str, list, Mapping)) and not value)
 
 
 def read_text(value: Any, path: str, problems: list[str], instead: str = "") -> str | None:
@@ -48,10 +52,10 @@ def read_list(value: Any, path: str, problems: list[str]) -> list[Any]:
         value = _python_list(value) if value.lstrip().startswith("[{'") else parse_json(value, path, problems)
         if value is None:
             return []
-    if not isinstance(value, list):
+    if not isinstance(value, (list, tuple)):  # a reader may give a tuple
         problems.append(f"{path} is {described(value)}, not a list")
         return []
-    return value
+    return list(value)
 
 
 def _python_list(text: str) -> Any:
