@@ -21,7 +21,7 @@ from chatlora.rendering.remarks import EMPTY, GARBLED, TEXT_SPELLS_CONTROL, Rema
 from chatlora.rendering.row_kwargs import OTHER_STOP, SPELLS_CONTROL, UNKNOWN
 from chatlora.rendering.template import RAISES
 from chatlora.rendering.thoughts import A_THOUGHT
-from chatlora.rendering.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTINUED, RAISES_FIRST, SPELLS_STOP
+from chatlora.rendering.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTINUED, RAISES_FIRST, RUNS_ON, SPELLS_STOP
 
 MOST_SET_ASIDE = 0.5  # of a source's rows; beyond, the model and the data do not fit each other
 MOST_NOT_USED = 12  # names that are told; ledger.json has them all
@@ -56,6 +56,7 @@ REMEDIES = {  # by how a reason begins
     GARBLED: "decode the file as what it was written in, or mend the rows",
     TEXT_SPELLS_CONTROL: "data.control_text: token takes such words as servers do",
     EMPTY: "a model learns to say nothing; remove such rows where that is not meant",
+    RUNS_ON: 'take "loss": true from such messages, or set model.chat_template to one that ends each of them',
     SPELLS_STOP: "mend the rows, or take control words as text: data.control_text: text",
     COMES_FIRST: 'begin with a user message, or take "loss": true from the first one',
 }
