@@ -1,5 +1,6 @@
 """What a person should know of a row that is trained as it stands: told beside the turns, changed in nothing."""
 
+import functools
 import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from chatlora.rendering.control_text import ControlText, is_masked
 from chatlora.rendering.turns import Turn, greeting
 
 TEXT_SPELLS_CONTROL = "the text spells a control token, which stays text"
+IS_CONTROL = "the text spells a control token, which it is as it is to a server"
 EMPTY = "the reply is empty"
 OPENS = "the assistant speaks first, which is context only"
 GARBLED = "the text shows signs of a wrong encoding"
@@ -32,9 +34,10 @@ def remarks_on(
     found += [Remark(EMPTY) for index in sorted(learned) if _is_empty(messages[index])]
     signs = (next(filter(None, map(wrong_encoding, _texts(message))), None) for message in messages)
     found += [Remark(GARBLED, sign) for sign in signs if sign]
-    if is_masked(rendered) or any(is_masked(turn.reply) for turn in turns):
+    if text.as_served or is_masked(rendered) or any(is_masked(turn.reply) for turn in turns):
+        kind = IS_CONTROL if text.as_served else TEXT_SPELLS_CONTROL
         words = (next(filter(None, map(text.control_in, _texts(message))), None) for message in messages)
-        found += [Remark(TEXT_SPELLS_CONTROL, word) for word in words if word]
+        found += [Remark(kind, word) for word in words if word]
     return tuple(found)
 
 
@@ -44,7 +47,8 @@ def _is_empty(message: Message) -> bool:
 
 
 def _texts(message: Message) -> Iterator[str]:
-    yield message.content
+    tags = () if message.thought_text is None else ("<think>", "</think>")  # those of a thought at its head
+    yield functools.reduce(lambda text, tag: text.replace(tag, "", 1), tags, message.content)
     yield message.reasoning or ""
     for call in message.tool_calls:
         yield call.name
