@@ -37,6 +37,6 @@ class Noted:
     not_used: dict[str, int] = field(default_factory=dict)
 
     def note_not_used(self, names: Iterable[str]) -> None:
-        for name in names:
+        for name in (name.encode(errors="backslashreplace").decode() for name in names):  # half a character is no text
             if name in self.not_used or len(self.not_used) < MOST_NAMES:
                 self.not_used[name] = self.not_used.get(name, 0) + 1

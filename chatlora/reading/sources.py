@@ -6,6 +6,7 @@ the network.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -194,6 +195,11 @@ def files_of(source: Source, use: str = "train") -> Chosen | None:
         return None
     if not found:
         raise DataError(f"{named}: no data file is there; files are known by their endings: {ENDINGS}")
+    nameless = [str(file) for file, _ in found if str(file).encode(errors="replace") != os.fsencode(file)]
+    if nameless:
+        raise DataError(
+            *(f"{name!r}: a name that is not UTF-8, and rows are told by it; rename it" for name in nameless)
+        )
     unknown = [file for file, _ in found if reader_of(file) is None]
     if unknown:
         raise DataError(
