@@ -69,10 +69,20 @@ def _python_list(text: str) -> Any:
 def parse_json(text: str, path: str, problems: list[str]) -> Any:
     """The value of JSON text that stands inside a string. None, and a problem, where it is not JSON."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=object_of_pairs)
     except (ValueError, RecursionError) as error:
         problems.append(f"{path} should be JSON, and is not ({error}): {_shortened(text)!r}; {_WRITE_JSON}")
         return None
+
+
+def object_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For a JSON decoder. Raises ValueError where a key stands twice: one of its values would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {repeated!r} stands twice in one object; keep one of them")
+    return found
 
 
 def described(value: Any) -> str:

@@ -173,3 +173,14 @@ def test_arguments_that_are_no_json_as_a_reader_or_arrow_gives_them_are_refused(
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": arguments}]}
     assert said in problem(USER, call)
     assert "has the key 2" in problem(USER, {"role": "tool", "content": {2: "two"}})
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ({"name": "f", "arguments": '{"at": "Oslo", "at": "Rome"}'}, "the key 'at' stands twice"),
+        ({"name": "f", "arguments": {}, "parameters": {"at": "Oslo"}}, "has both arguments and parameters"),
+    ],
+)
+def test_of_two_values_for_the_same_none_is_chosen_unsaid(call: dict[str, Any], said: str) -> None:
+    assert said in problem(USER, {"role": "assistant", "content": None, "tool_calls": [call]})
