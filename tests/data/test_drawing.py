@@ -130,3 +130,21 @@ def test_a_row_without_a_reply_has_a_prompt_of_its_own() -> None:
     likenesses = Likenesses.of((likeness_of(row), "") for row in rows)
     assert likenesses.first_prompt.tolist() == [likeness_of(row).prompts[0] for row in rows]
     assert len({*likenesses.last_prompt.tolist()}) == 2
+
+
+def test_one_prompt_of_many_rows_that_is_held_out_is_told() -> None:
+    rows = [("Hi", f"answer {row}", None) for row in range(300)] + random_rows(700)
+    said: list[tuple[int, list[str]]] = []
+    likenesses = Likenesses.of(
+        (likeness_of(Conversation((Message("user", prompt), Message("assistant", answer)))), "")
+        for prompt, answer, _ in rows
+    )
+    for seed in range(60):
+        lines: list[str] = []
+        held = drawn_rows(likenesses, {"validation": 0.1}, seed, lines.append)["validation"]
+        said.append((int(held.sum()), lines))
+    assert any(number >= 300 for number, _ in said)
+    for number, lines in said:
+        assert [f"{number:,} of 1,000 rows are held out, since 300 of them" in line for line in lines] == (
+            [True] if number >= 300 else []
+        )
