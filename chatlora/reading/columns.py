@@ -156,10 +156,17 @@ def _likeliest(row: Mapping[str, Any]) -> dict[str, str] | None:
     texts = [str(name) for name, value in row.items() if isinstance(value, str) and value]
     prompt = _meant(texts, (*QUESTIONS, "user", "human", "text", "content", "article", "source", "src"))
     reply = _meant(texts, (*REPLIES, "reply", "assistant", "summary", "label", "translation", "tgt"))
-    others = sorted((name for name in texts if name not in (prompt, reply)), key=lambda name: -len(row[name]))
+    others = [name for name in texts if name not in (prompt, reply, *WITH_A_QUESTION)]
+    others.sort(key=lambda name: -len(row[name]))
     prompt = prompt or (others.pop(0) if others else None)
-    reply = reply or (others.pop(0) if others else None)
-    return {"prompt": prompt, "completion": reply} if prompt and reply and prompt != reply else None
+    beside = [name for name in WITH_A_QUESTION if row.get(name) and name not in (prompt, reply)]
+    reply = reply or (others.pop(0) if others and not beside else None)
+    if prompt is None or reply is None or prompt == reply:
+        return None
+    if not beside:
+        return {"prompt": prompt, "completion": reply}
+    is_text = len(beside) == 1 and isinstance(row[beside[0]], str)
+    return {"instruction": prompt, "input": beside[0], "output": reply} if is_text else None
 
 
 def _meant(names: list[str], words: Iterable[str]) -> str | None:

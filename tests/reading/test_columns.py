@@ -128,3 +128,21 @@ def test_what_stands_in_a_message_already_or_is_named_is_no_question_left() -> N
     assert parse_row(alone).messages[0].content == asked
     mapped = parse_row(row | {"story": "s"}, columns={"prompt": "question", "completion": "answer"})
     assert mapped.messages[0].content == asked
+
+
+@pytest.mark.parametrize(
+    ("row", "way"),
+    [
+        ({"id": "1", "context": "c", "question": "q", "answers": {"text": ["a"]}}, "a function of yours"),  # SQuAD
+        ({"question": "q", "context": {"contexts": ["c"]}, "long_answer": "a"}, "a function of yours"),  # PubMedQA
+        (
+            {"ask_question": "q?", "context": "c", "my_answer": "a"},
+            "columns: {instruction: ask_question, input: context, output: my_answer}",
+        ),
+        ({"article": "long", "highlights": "short"}, "columns: {prompt: article, completion: highlights}"),
+    ],
+)
+def test_no_way_on_is_printed_that_would_lose_what_the_question_needs(row: dict[str, Any], way: str) -> None:
+    with pytest.raises(DataError, match="no known form") as caught:
+        parse_row(row)
+    assert way in str(caught.value)
