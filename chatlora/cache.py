@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from chatlora.disk import name_beside, write_json
+from chatlora.disk import PARTIAL, name_beside, sweep, write_json
 from chatlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -100,20 +100,34 @@ def keep_within(limit: int, folder: Path, marker: str, say: Callable[[str], None
     """Remove folders in `folder`, those first that were opened longest ago, until the rest take no more than `limit`.
 
     marker: the file in each of them that was marked whenever it was opened. One that was opened within the last hour
-    stays, whatever it takes.
+    stays, whatever it takes. What killed processes were writing goes as well.
     """
-    used = sorted((file.stat().st_mtime, file.parent) for file in folder.glob(f"*/{marker}"))
-    sizes = {each: sum(file.stat().st_size for file in each.iterdir()) for _, each in used}
-    excess, freed = sum(sizes.values()) - limit, 0
-    for when, each in used:
+    _sweep_left_over(folder)
+    used = sorted(_used(folder, marker))
+    excess, freed = sum(size for _, _, size in used) - limit, 0
+    for when, each, size in used:
         if excess <= freed or when > time.time() - IN_USE:
             break
         with suppress(OSError):  # another process was faster, or it may not be removed
             going = each.rename(name_beside(each))  # at once, for whoever opens it
             shutil.rmtree(going)
-            freed += sizes[each]
+            freed += size
     if freed:
         say(
             f"{freed / GIB:.1f} GiB of rendered rows that were not used lately are removed from {folder}, to keep it "
             f"under {limit / GIB:,.0f} GiB (CHATLORA_CACHE_GIB)"
         )
+
+
+def _used(folder: Path, marker: str) -> Iterator[tuple[float, Path, int]]:
+    """Of each folder when it was opened last, and its size in bytes."""
+    for file in folder.glob(f"*/{marker}"):
+        with suppress(OSError):  # another process removed it meanwhile
+            yield file.stat().st_mtime, file.parent, sum(each.stat().st_size for each in file.parent.iterdir())
+
+
+def _sweep_left_over(folder: Path) -> None:
+    """Remove half-written folders whose lock nobody holds: nobody may ask for the same rows again, and sweep them."""
+    for name in {left.name[1:].split(".")[0] for left in folder.glob(f".*{PARTIAL}") if left.is_dir()}:
+        with suppress(OSError, Timeout), FileLock(folder / f"{name}.lock", timeout=0):
+            sweep(folder, name)

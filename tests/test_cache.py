@@ -1,10 +1,13 @@
 """What is kept between runs stays within a size: what was used longest ago goes first, and it is told."""
 
 import os
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from chatlora.cache import GIB, cache_limit, keep_within, mark_used
 from chatlora.errors import ConfigError
@@ -43,6 +46,30 @@ def test_what_is_in_use_stays_and_opening_marks_it(tmp_path: Path) -> None:
     mark_used(tmp_path / "opened" / "record")
     keep_within(0, tmp_path, "record", lambda line: None)
     assert left(tmp_path) == {"opened", "now"}
+
+
+def test_a_folder_that_another_process_removes_meanwhile_is_no_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, {"old": 9, "older": 10})
+    listed = Path.iterdir
+
+    def removed_before_it_is_listed(folder: Path) -> Iterator[Path]:
+        if folder.name == "older":
+            shutil.rmtree(folder)
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", removed_before_it_is_listed)
+    keep_within(0, tmp_path, "record", lambda line: None)
+    assert not any(path.is_dir() for path in listed(tmp_path))
+
+
+def test_what_a_killed_process_was_writing_goes_unless_somebody_writes_it(tmp_path: Path) -> None:
+    for key in ("dead", "written"):
+        (tmp_path / f".{key}.host.1.partial").mkdir()
+    with FileLock(tmp_path / "written.lock"):
+        keep_within(GIB, tmp_path, "record", lambda line: None)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [".written.host.1.partial"]
 
 
 def test_the_limit_is_a_number_of_gib(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,9 @@ from chatlora.errors import ConfigError
 from chatlora.training.named_files import refuse_missing_files
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from chatlora.inspection.lengths import Lengths
     from chatlora.inspection.prepare import Inspected
     from chatlora.inspection.rows import Chosen
 
@@ -54,8 +57,9 @@ def run(argv: Sequence[str]) -> None:
     console = Console()
     for line in account_lines(found.data.ledger):
         console.print(printable(line), soft_wrap=True)
-    show_lengths(console, found.lengths(), config.data)
-    show_chosen(found, asked)
+    lengths = found.lengths()
+    show_lengths(console, lengths, config.data)
+    show_chosen(console, found, lengths, asked)
     wrong = faults(found.data.ledger)
     if "strict" in asked.switches and wrong:
         print_line(harmless(f"--strict: {'; '.join(wrong)}"))
@@ -86,26 +90,23 @@ def is_config(name: str) -> bool:
     return (PRESETS / f"{name}.yaml").is_file() and not path.exists()
 
 
-def show_chosen(found: Inspected, asked: Asked) -> None:
-    from rich.console import Console
-
+def show_chosen(console: Console, found: Inspected, lengths: Lengths, asked: Asked) -> None:
     from chatlora.inspection.console import show_as_read, show_row
     from chatlora.inspection.prepare import as_read
 
-    console = Console()
-    for each in chosen(found, asked):
+    for each in chosen(found, lengths, asked):
         if each.row is None:
             show_as_read(console, each, as_read(found, each.place))
         else:
             show_row(console, each, found.rows, found.tokenizer, whole=asked.row is not None)
 
 
-def chosen(found: Inspected, asked: Asked) -> list[Chosen]:
+def chosen(found: Inspected, lengths: Lengths, asked: Asked) -> list[Chosen]:
     from chatlora.inspection import rows
     from chatlora.inspection.prepare import named_rows
 
     others = named_rows(found)
     shown = rows.named(asked.row, found.rows, others) if asked.row is not None else []
-    shown += rows.longest(found.rows) if "longest" in asked.switches else []
+    shown += rows.longest(found.rows, lengths) if "longest" in asked.switches else []
     shown += rows.risky(found.rows, others) if "risky" in asked.switches else []
     return shown or rows.spread(found.rows)

@@ -170,6 +170,8 @@ def prepare_training_data(
     held = np.any([np.zeros(len(rows), bool), *drawn.values()], axis=0)
     trained = stores[0].examples_of(~held & ~alike.left_out)
     accounts = _accounts(stores[0], inputs, held, alike)
+    if refuse_lost:
+        refuse_lost_sources([asdict(account) for account in accounts])
     for store, group in zip(stores[1:], groups[1:], strict=True):
         accounts += _accounts(store, group, np.ones(int((store.turns > 0).sum()), bool))
     return PreparedData(
@@ -270,6 +272,4 @@ def _accounts(
         account.turns = int(store.turns[counted].sum())
         account.targets = int(store.num_targets[counted].sum(dtype=np.int64))
         account.tokens = int(store.lengths[counted].sum(dtype=np.int64))
-    if left_out.any():
-        refuse_lost_sources([asdict(account) for account in accounts])
     return accounts

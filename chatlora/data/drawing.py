@@ -9,6 +9,7 @@ import numpy as np
 
 from chatlora.data.likenesses import Likenesses
 
+FEW, MUCH = 10, 2  # rows, and times a share's rows: where one prompt has more, that is told
 MIN_ROWS_TO_SPLIT = 50  # below, no share of the rows is held out
 
 
@@ -21,6 +22,7 @@ def drawn_rows(
     piece, and one is left to train on. The first split's rows are the same whatever the others' shares are.
     """
     prompts, which = np.unique(_hashed(_sides(rows), seed), return_inverse=True)  # in the order of their places
+    sizes = np.bincount(which).tolist()
     held: dict[str, np.ndarray] = {}
     begin, share_before = 0, 0.0
     for position, (split, share) in enumerate(shares.items()):
@@ -35,6 +37,12 @@ def drawn_rows(
             reached = int(np.searchsorted(prompts, np.uint64(share_before * 2**64)))
             end = min(max(begin + 1, reached), len(prompts) - others)
         held[split] = (begin <= which) & (which < end)
+        most = max(sizes[begin:end], default=0)
+        if most > max(FEW, MUCH * share * len(rows)):
+            say(
+                f"WARNING: data.{split}: {held[split].sum():,} of {len(rows):,} rows are held out, since {most:,} of "
+                "them have one prompt or group and go the same way; another run.seed draws others"
+            )
         begin = end
     return held
 

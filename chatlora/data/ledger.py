@@ -17,11 +17,11 @@ from chatlora.rendering.examples import NO_REPLY_FITS, NO_TARGET_LEFT, PROMPT_TO
 from chatlora.rendering.limits import TOO_MUCH
 from chatlora.rendering.message_parts import DROPS
 from chatlora.rendering.proof import CANNOT_SPELL, FAILED
-from chatlora.rendering.remarks import EMPTY, GARBLED, TEXT_SPELLS_CONTROL, Remark
+from chatlora.rendering.remarks import EMPTY, GARBLED, IS_CONTROL, NAMELESS, TEXT_SPELLS_CONTROL, Remark
 from chatlora.rendering.row_kwargs import OTHER_STOP, SPELLS_CONTROL, UNKNOWN
 from chatlora.rendering.template import RAISES
 from chatlora.rendering.thoughts import A_THOUGHT
-from chatlora.rendering.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTINUED, RAISES_FIRST, SPELLS_STOP
+from chatlora.rendering.turns import COMES_FIRST, NO_STOP, NO_TARGET, NOT_CONTINUED, RAISES_FIRST, RUNS_ON, SPELLS_STOP
 
 MOST_SET_ASIDE = 0.5  # of a source's rows; beyond, the model and the data do not fit each other
 MOST_NOT_USED = 12  # names that are told; ledger.json has them all
@@ -55,7 +55,10 @@ REMEDIES = {  # by how a reason begins
     NO_TARGET: "look at the roles, at `loss` in the rows, and at data.supervise",
     GARBLED: "decode the file as what it was written in, or mend the rows",
     TEXT_SPELLS_CONTROL: "data.control_text: token takes such words as servers do",
+    IS_CONTROL: "data.control_text: text takes such words as text",
+    NAMELESS: "write it into the text where it matters, or take a chat template that shows it",
     EMPTY: "a model learns to say nothing; remove such rows where that is not meant",
+    RUNS_ON: 'take "loss": true from such messages, or set model.chat_template to one that ends each of them',
     SPELLS_STOP: "mend the rows, or take control words as text: data.control_text: text",
     COMES_FIRST: 'begin with a user message, or take "loss": true from the first one',
 }

@@ -5,7 +5,8 @@ from typing import Any
 
 from chatlora.data.alike import alike_lines
 from chatlora.data.ledger import counted, told_remarks
-from chatlora.rendering.remarks import EMPTY, OPENS, TEXT_SPELLS_CONTROL
+from chatlora.rendering.remarks import EMPTY, IS_CONTROL, OPENS, TEXT_SPELLS_CONTROL
+from chatlora.rendering.thoughts import KEPT
 
 COUNTS = ("rows_read", "rows_used", "rows_held_out", "turns", "targets", "tokens", "replies")
 # What good rows may have as well. Any other entry that says something is a fault of theirs, until it is named here.
@@ -13,7 +14,7 @@ HARMLESS = frozenset(
     {
         *("path", "part", "left", "not_used", "max_length_for_99_percent"),
         *("duplicates", "near_duplicates", "contradictions", "overlaps", "on_leak"),
-        *(EMPTY, OPENS, TEXT_SPELLS_CONTROL),
+        *(EMPTY, IS_CONTROL, KEPT, OPENS, TEXT_SPELLS_CONTROL),
         *COUNTS,
     }
 )

@@ -15,9 +15,10 @@ MOST_BINS = 12
 
 @dataclass(frozen=True)
 class Lengths:
-    """rows: int64 [N], tokens of each row, that of its longest example; replies: int64 [M, 3], of every reply its row,
-    start and end. Of rows that nothing shortened."""
+    """places: of N rows; rows: int64 [N], tokens of each row, that of its longest example; replies: int64 [M, 3], of
+    every reply its row, start and end. Of rows that nothing shortened."""
 
+    places: Sequence[str]
     rows: np.ndarray
     replies: np.ndarray
 
@@ -58,11 +59,12 @@ class Lengths:
         return [(low + 1, high, int(count)) for low, high, count in zip(kept, kept[1:], counts, strict=False)]
 
 
-def lengths_of(rows: Iterable[Sequence[Example]]) -> Lengths:
-    """rows: the examples of each row, whole."""
-    longest, replies = [], []
-    for number, examples in enumerate(rows):
+def lengths_of(rows: Iterable[tuple[str, Sequence[Example]]]) -> Lengths:
+    """rows: the place of each and its examples, whole."""
+    places, longest, replies = [], [], []
+    for number, (place, examples) in enumerate(rows):
+        places.append(place)
         longest.append(max(len(example.input_ids) for example in examples))
         for example in examples:
             replies += [(number, start, end) for start, end, wanted in spans(example.labels) if wanted]
-    return Lengths(np.asarray(longest, np.int64), np.asarray(replies, np.int64).reshape(-1, 3))
+    return Lengths(places, np.asarray(longest, np.int64), np.asarray(replies, np.int64).reshape(-1, 3))

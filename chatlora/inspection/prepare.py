@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from transformers import PreTrainedTokenizerBase
 
@@ -41,8 +42,9 @@ class Inspected:
     def lengths(self) -> Lengths:
         """Of all rows as they are before `max_length`."""
         shortened = self._shortened()
-        whole = [number for number, place in enumerate(self.rows.places) if place not in shortened]
-        return lengths_of([*map(self.rows.examples, whole), *self._in_full(shortened)])
+        whole = ((number, place) for number, place in enumerate(self.rows.places) if place not in shortened)
+        as_kept = ((place, self.rows.examples(number)) for number, place in whole)
+        return lengths_of(chain(as_kept, self._in_full(shortened)))
 
     def _shortened(self) -> set[str]:
         sources = self.data.ledger["sources"][: len(self.data.inputs)]
@@ -52,14 +54,14 @@ class Inspected:
         }
         return cut | lost
 
-    def _in_full(self, places: set[str]) -> Iterator[Sequence[Example]]:
+    def _in_full(self, places: set[str]) -> Iterator[tuple[str, Sequence[Example]]]:
         if not places:
             return
         work = Work(self.renderer, WHOLE, "fit", self.config.data.supervise)
         found = outcomes(self.conversations(places), work, len(places), Effort(), self.say)
-        for _, _, outcome in found:
+        for _, conversation, outcome in found:
             if outcome.rendered is not None:
-                yield outcome.rendered.examples
+                yield conversation.place or "", outcome.rendered.examples
 
 
 def inspected(config: Config, say: Say) -> Inspected:

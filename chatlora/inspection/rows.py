@@ -11,6 +11,7 @@ import numpy as np
 
 from chatlora.data.store import ExampleStore
 from chatlora.errors import DataError
+from chatlora.inspection.lengths import Lengths
 from chatlora.rendering.examples import Example
 
 SHOWN = 3  # rows of a choice
@@ -44,11 +45,6 @@ class Rows:
         return self.store.places(self.first[:-1])
 
     @cached_property
-    def lengths(self) -> np.ndarray:
-        """Of each row's longest example, int [N]."""
-        return np.maximum.reduceat(self.store.lengths, self.first[:-1]) if len(self) else np.zeros(0, np.int64)
-
-    @cached_property
     def targets_per_turn(self) -> np.ndarray:
         targets = np.add.reduceat(self.store.num_targets, self.first[:-1]) if len(self) else np.zeros(0)
         return np.asarray(targets / self.store.turns[self.first[:-1]])
@@ -68,9 +64,14 @@ def spread(rows: Rows) -> list[Chosen]:
     return [Chosen(rows.place(number), number, "") for number in numbers]
 
 
-def longest(rows: Rows) -> list[Chosen]:
-    numbers = np.argsort(-rows.lengths, kind="stable")[:SHOWN]
-    return [Chosen(rows.place(number), int(number), "one of the longest") for number in numbers]
+def longest(rows: Rows, lengths: Lengths) -> list[Chosen]:
+    """By what they are before `max_length`: also those of which it leaves a part, or nothing."""
+    number_of = {place: number for number, place in enumerate(rows.places)}
+    order = np.argsort(-lengths.rows, kind="stable")[:SHOWN]
+    return [
+        Chosen(place, number_of.get(place), f"one of the longest: {lengths.rows[at]:,} tokens whole")
+        for at, place in ((int(at), lengths.places[at]) for at in order)
+    ]
 
 
 def named(wanted: str, rows: Rows, others: Mapping[str, str]) -> list[Chosen]:

@@ -5,7 +5,7 @@ be told from it. A map holds only its own keys, and JSON text (`datasets.Json`) 
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 Clean = Callable[[Any], Any]
@@ -13,8 +13,8 @@ Clean = Callable[[Any], Any]
 
 def cleaner_of(schema: Any) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """What makes a row of the rows that `to_pylist` gives for this schema. It raises ValueError where a map has a key
-    twice."""
-    return _of_struct({field.name: _of(field.type) for field in schema})
+    twice, or a name stands for two columns."""
+    return _of_struct(schema)
 
 
 def _of(kind: Any) -> Clean | None:
@@ -25,7 +25,7 @@ def _of(kind: Any) -> Clean | None:
     if isinstance(kind, pa.BaseExtensionType):
         return _from_json if kind.extension_name == "arrow.json" else None
     if types.is_struct(kind):
-        return _of_struct({field.name: _of(field.type) for field in kind})
+        return _of_struct(kind)
     if types.is_map(kind):
         return _of_map(_of(kind.item_type))
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
@@ -33,11 +33,17 @@ def _of(kind: Any) -> Clean | None:
     return None
 
 
-def _of_struct(cleaners: Mapping[str, Clean | None]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+def _of_struct(fields: Iterable[Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    names = [field.name for field in fields]
+    cleaners = {field.name: _of(field.type) for field in fields}
+
+    def refuse(value: Mapping[str, Any]) -> dict[str, Any]:
+        raise ValueError(f"two columns or fields have one name: {', '.join(names)}; rename one of them")
+
     def clean(value: Mapping[str, Any]) -> dict[str, Any]:
         return {key: _cleaned(cleaners.get(key), item) for key, item in value.items() if item is not None}
 
-    return clean
+    return clean if len(cleaners) == len(names) else refuse
 
 
 def _of_map(clean_item: Clean | None) -> Clean:

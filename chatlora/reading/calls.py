@@ -12,6 +12,7 @@ from chatlora.reading.values import (
     is_json,
     is_parts,
     is_text,
+    listed,
     parse_json,
     read_optional_text,
     read_text,
@@ -67,6 +68,9 @@ def read_tool_call(value: Any, path: str, problems: list[str]) -> ToolCall | Non
     inner = f"{path}.function" if function is not value else path
     name = read_text(function.get("name"), f"{inner}.name", problems, instead_of("name", function))
     key = next((key for key in ARGUMENTS if key in function), "arguments")
+    others = [other for other in ARGUMENTS if other != key and function.get(other)]
+    if others:
+        problems.append(f"{inner} has both {key} and {listed(others)}, of which one is read; keep one")
     if key not in function and instead_of(key, function):
         problems.append(f"{inner}.{key} is missing{instead_of(key, function)}")
     arguments = read_arguments(function.get(key), f"{inner}.{key}", problems)

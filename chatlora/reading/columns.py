@@ -3,13 +3,15 @@
 Names that publishers give to the same thing are tables here. What no table says, a source's `columns` does.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from chatlora.reading.turns import looks_like_turns
-from chatlora.reading.values import listed
+from chatlora.reading.conversation import Message
+from chatlora.reading.flags import EITHER_SENSE, FLAGS
+from chatlora.reading.turns import NOT_READ, WITH_A_QUESTION, looks_like_turns
+from chatlora.reading.values import described, listed
 
 BESIDE: dict[str, tuple[str, ...]] = {  # what else a form may read -> what publishers call it
     "system": ("system", "system_prompt", "meta_instruction", "systemInstruction", "system_instruction"),
@@ -49,8 +51,40 @@ def refused_columns(row: Mapping[str, Any], left_alone: Iterable[str]) -> list[s
     return found
 
 
+def refused_beside(left: Mapping[str, Any], form: Iterable[str], messages: Iterable[Message]) -> list[str]:
+    """A sentence where a column that a question may need is left over, and its text stands in no message either.
+
+    left: the row's columns that nothing read.
+    """
+    said = "\n".join(message.content for message in messages if message.role != "assistant")
+    beside = [name for name in WITH_A_QUESTION if not all(text in said for text in _texts_in(left.get(name)))]
+    return [f"{listed(beside)} beside {listed(form)} {NOT_READ}[{', '.join(beside)}]"] if beside else []
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, (Mapping, list)):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts_in(each)
+    elif value is not None:
+        yield str(value).strip()
+
+
 def _is_false(value: Any) -> bool:
     return value in (False, 0) if isinstance(value, (bool, int, float)) else str(value).casefold() == "false"
+
+
+def _is_mask(value: Any) -> bool:
+    """Whether it says of a whole row, or of each of its turns, that it is not learned, or in part."""
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(each, (bool, int, float)) for each in value)
+    return isinstance(value, (bool, int, float)) and value != 1
+
+
+def _told_mask(row: Mapping[str, Any], names: list[str]) -> str:
+    return (
+        f"{names[0]} is {described(row[names[0]])}: what is learned of a row is read on its messages alone; put it "
+        f"there with reader: my_rows.py:read, or learn all replies with ignore: [{listed(names)}]"
+    )
 
 
 def _told_label(row: Mapping[str, Any], names: list[str]) -> str:
@@ -96,6 +130,9 @@ class Refused:
 
 
 REFUSED = (
+    Refused(
+        (*(name for name, sense in FLAGS.items() if sense), EITHER_SENSE, "masks", "weights"), _is_mask, _told_mask
+    ),
     Refused(("label",), _is_false, _told_label),
     Refused(("kto_tag",), lambda value: value is not None, _told_kto),
     Refused(("chosen", "rejected", "rejected_response", "rejected_messages"), bool, _told_preference),
@@ -119,10 +156,17 @@ def _likeliest(row: Mapping[str, Any]) -> dict[str, str] | None:
     texts = [str(name) for name, value in row.items() if isinstance(value, str) and value]
     prompt = _meant(texts, (*QUESTIONS, "user", "human", "text", "content", "article", "source", "src"))
     reply = _meant(texts, (*REPLIES, "reply", "assistant", "summary", "label", "translation", "tgt"))
-    others = sorted((name for name in texts if name not in (prompt, reply)), key=lambda name: -len(row[name]))
+    others = [name for name in texts if name not in (prompt, reply, *WITH_A_QUESTION)]
+    others.sort(key=lambda name: -len(row[name]))
     prompt = prompt or (others.pop(0) if others else None)
-    reply = reply or (others.pop(0) if others else None)
-    return {"prompt": prompt, "completion": reply} if prompt and reply and prompt != reply else None
+    beside = [name for name in WITH_A_QUESTION if row.get(name) and name not in (prompt, reply)]
+    reply = reply or (others.pop(0) if others and not beside else None)
+    if prompt is None or reply is None or prompt == reply:
+        return None
+    if not beside:
+        return {"prompt": prompt, "completion": reply}
+    is_text = len(beside) == 1 and isinstance(row[beside[0]], str)
+    return {"instruction": prompt, "input": beside[0], "output": reply} if is_text else None
 
 
 def _meant(names: list[str], words: Iterable[str]) -> str | None:

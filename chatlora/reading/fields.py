@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chatlora.reading.turns import Turns, read_turns
-from chatlora.reading.values import EMPTY
+from chatlora.reading.values import says_nothing
 
 
 @dataclass(slots=True)
@@ -43,9 +43,14 @@ class Fields:
         read = read_turns(self.take(name), path, problems, keys=self.keys, ignored=self.ignored)
         self.turns.tools += read.tools
         self.turns.not_used |= read.not_used
+        self.turns.learned_context += read.learned_context
         return read
 
     def not_used(self) -> set[str]:
         """The row's columns that hold something and that nobody took, and such keys of its turns."""
-        left = {str(name) for name, value in self.row.items() if name not in self.taken and value not in EMPTY}
-        return (left | self.turns.not_used) - self.ignored
+        return {str(name) for name in self.left()} | self.turns.not_used - self.ignored
+
+    def left(self) -> dict[str, Any]:
+        """The row's columns that hold something and that nobody took."""
+        seen = self.taken | self.ignored
+        return {name: value for name, value in self.row.items() if name not in seen and not says_nothing(value)}

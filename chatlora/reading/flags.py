@@ -21,11 +21,14 @@ FLAGS: dict[str, bool] = {  # key of a message -> the value that means "to be le
     "masked": False,  # torchtune
 }
 EITHER_SENSE = "mask"
+OF_SPANS = "train_detail"  # axolotl: which characters of the message are learned
 # What the sentences on flags have in common.
 NOTHING_READS = "which nothing reads"
 TRUE_OR_FALSE = "it is true or false"
 SENSES = "which data sets write in both senses"
 CONTRADICT = "contradict each other; keep one"
+LEARNS_REPLIES = "and chatlora learns what the assistant says"
+IN_PART = "nothing is learned in part"
 NO_FLAGS = {  # keys of messages whose numbers and booleans have nothing to do with what is learned
     *("id", "message_id", "parent_id", "index", "idx", "turn", "turn_id", "turn_index", "turn_identifier"),
     *("timestamp", "created", "created_at", "create_time", "update_time"),
@@ -64,12 +67,21 @@ def read_loss(
             said[key] = value is flags[key]
         elif fields[key] is not None:
             is_text = isinstance(fields[key], str)
-            way = ", without quotes" if is_text else ", 1 or 0; nothing is learned in part"
+            way = ", without quotes" if is_text else ", 1 or 0; " + IN_PART
             problems.append(f"{path}.{key} is {described(fields[key])}; {TRUE_OR_FALSE}{way}")
     if len(set(said.values())) > 1:
         problems.append(f"{path}: {' and '.join(sorted(said))} {CONTRADICT}")
         return None
     return next(iter(said.values()), None)
+
+
+def told_learned_context(fields: Mapping[str, Any], role: str, path: str) -> str:
+    """What is said of a turn of the system or of the user that asks to be learned, as its author will have meant."""
+    key = next((key for key in FLAGS if key in fields and _as_bool(fields[key]) is FLAGS[key]), EITHER_SENSE)
+    return (
+        f"{path}.{key} says that a turn of the {role} is learned, {LEARNS_REPLIES}; take it "
+        f"from such turns, or read it nowhere with ignore: [{key}]"
+    )
 
 
 def _as_bool(value: Any) -> bool | None:
@@ -80,6 +92,11 @@ def report_unknown_flags(
     fields: Mapping[str, Any], read: Mapping[str, Any] | set[str], path: str, problems: list[str]
 ) -> None:
     """A true, false or number that nothing reads may be the mask of a data set that nobody here has heard of."""
+    if fields.get(OF_SPANS) and OF_SPANS not in read:
+        problems.append(
+            f"{path}.{OF_SPANS} says which part of the message is learned, and {IN_PART}; leave such "
+            f"rows out with on_bad_row: set_aside, or learn all of it with ignore: [{OF_SPANS}]"
+        )
     for key in fields.keys() - read - NO_FLAGS:
         if isinstance(fields[key], (bool, int, float)):
             problems.append(

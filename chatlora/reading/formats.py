@@ -19,12 +19,19 @@ from typing import Any
 
 from chatlora.config import RowFormat
 from chatlora.errors import DataError, did_you_mean
-from chatlora.reading.columns import BESIDE, TURN_COLUMNS, implied_columns, likeliest_columns, refused_columns
+from chatlora.reading.columns import (
+    BESIDE,
+    TURN_COLUMNS,
+    implied_columns,
+    likeliest_columns,
+    refused_beside,
+    refused_columns,
+)
 from chatlora.reading.conversation import Conversation, Message
 from chatlora.reading.fields import Fields
 from chatlora.reading.forms import FORMS, read_form, read_kwargs, read_offered
 from chatlora.reading.turns import MESSAGE_KEYS
-from chatlora.reading.values import EMPTY, listed
+from chatlora.reading.values import listed, says_nothing
 
 MAIN_COLUMNS = tuple(dict.fromkeys(name for form in FORMS.values() for name in form.needs))
 OWN_NAMES = (*MAIN_COLUMNS, *BESIDE, *MESSAGE_KEYS)  # what `columns` may name
@@ -73,11 +80,14 @@ def read_row(
     tools: tuple[dict[str, Any], ...] = ()
     kwargs: dict[str, Any] = {}
     fields = _named(row, columns or {}, frozenset(ignore), problems)
-    form = _form_of(fields, format, set(columns or {}) & set(MAIN_COLUMNS), problems) if not problems else None
+    mapped = set(columns or {}) & set(MAIN_COLUMNS)
+    form = _form_of(fields, format, mapped, problems) if not problems else None
     if form is not None:
         messages = read_form(form, fields, problems)
         tools = read_offered(fields, problems)
         kwargs = read_kwargs(fields, problems)
+        if format == "auto" and not mapped and not problems:  # else somebody has said what is read
+            problems += refused_beside(fields.left(), map(fields.path, FORMS[form].needs), messages)
     if problems:
         prefix = f"{place}: " if place else ""
         raise DataError(*(f"{prefix}{problem}" for problem in problems))
@@ -100,7 +110,7 @@ def _named(row: Mapping[str, Any], columns: Mapping[str, str], ignored: frozense
     fields = Fields(row, keys, ignored)
     for name, value in row.items():
         own = OURS.get(name)
-        if own is None or name in spoken_for or value is None or (own in BESIDE and value in EMPTY):
+        if own is None or name in spoken_for or value is None or (own in BESIDE and says_nothing(value)):
             continue
         if own == "system" and own in fields.names and own not in columns and value != fields.peek(own):
             problems.append(f"{fields.path(own)} and {name} say different things; ignore: [{name}] keeps the first")

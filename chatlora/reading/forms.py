@@ -86,8 +86,14 @@ FORMS: dict[str, Form] = {  # in the order in which they are tried
 
 def read_form(form: str, fields: Fields, problems: list[str]) -> list[Message]:
     messages = _with_system(fields, FORMS[form].read(fields, problems), problems)
-    if not problems and (form != "conversations" or is_sharegpt(fields.peek("conversations"))):
-        _check_results(messages, problems)  # ChatGLM3's observations may stand anywhere, as they might for the original
+    if form == "conversations" and not is_sharegpt(fields.peek("conversations")):
+        # ChatGLM3's: observations may stand anywhere, and a user's loss goes unheard, as they did for the original.
+        fields.turns.not_used |= (
+            {"loss: true on a turn of the system or the user"} if fields.turns.learned_context else set()
+        )
+    elif not problems:
+        problems += fields.turns.learned_context
+        _check_results(messages, problems)
     return messages
 
 

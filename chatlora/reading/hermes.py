@@ -170,23 +170,36 @@ def _name_in(body: str) -> str | None:
 def _read_offer(
     conversation: Conversation, changes: Counter[str]
 ) -> tuple[tuple[dict[str, Any], ...], tuple[Message, ...], bool]:
-    """The tools, the messages without them, and whether they are told in other words than the known ones."""
+    """The tools, the messages without them, and whether they are told in other words than the known ones.
+
+    Beside tools of the row's own only the same ones are read out, so that no template tells them twice.
+    """
     messages = conversation.messages
     system = messages[0] if messages and messages[0].role == "system" else None
     blocks = _blocks(system.content, "tools") if system is not None else ()
     found = next((block for block in blocks if block.body.lstrip().startswith(("[", "{"))), None)
-    if system is None or found is None or conversation.tools:
+    if system is None or found is None:
         return conversation.tools, messages, False
     around = _around(system.content[: found.start], system.content[found.end :])
     if around is None:
-        return (), messages, True
-    problems: list[str] = []
-    values = _values(found.body.strip(), NO_TOOLS)
-    tools = read_tools(values[0] if len(values) == 1 else values, "tools", problems)
-    if problems:
+        return conversation.tools, messages, not conversation.tools
+    tools = _tools_in(found.body)
+    if tools is None and not conversation.tools:
         raise _Inexact(NO_TOOLS)
+    if tools is None or (conversation.tools and conversation.tools != tools):
+        return conversation.tools, messages, False
     changes[TOOLS_READ] += 1
     return tools, ((replace(system, content=around),) if around else ()) + messages[1:], False
+
+
+def _tools_in(body: str) -> tuple[dict[str, Any], ...] | None:
+    problems: list[str] = []
+    try:
+        values = _values(body.strip(), NO_TOOLS)
+    except _Inexact:
+        return None
+    tools = read_tools(values[0] if len(values) == 1 else values, "tools", problems)
+    return None if problems else tools
 
 
 def _blocks(text: str, tag: str) -> Iterator[_Block]:

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from chatlora.reading.formats import KNOWN_COLUMNS
 from chatlora.reading.streams import PIECE, UTF8_BOM, UTF16, UTF16_BOMS, BadRow, Row, Rows, not_utf8, opened
+from chatlora.reading.values import object_of_pairs
 
 _TOO_DEEP = "lists and objects are nested too deeply to be read; write it flatter"
 _REWRITE = "write the line with a JSON library, or remove it"
@@ -224,16 +225,7 @@ def _is_list_of_objects(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
-def _object_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {repeated!r} stands twice in one object; keep one of them")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object_of_pairs)
+_DECODER = json.JSONDecoder(object_pairs_hook=object_of_pairs)
 _UNTERMINATED = "Unterminated string"
 
 

@@ -22,8 +22,9 @@ NUM_MINIMA = 128
 @dataclass(frozen=True, slots=True)
 class Likeness:
     """64-bit hashes, equal where what they are of is equal. whole: the conversation; answer: its last reply, without
-    the thought before it, and all in front; prompts: what stands before each reply. sketch: `NUM_MINIMA` MinHashes, as
-    uint16: two rows share as many of them as they share of their five-grams. group: the field `group_by`; 0: none."""
+    the thought before it, and all in front; prompts: what stands before each reply (`_replies`), one at least. sketch:
+    `NUM_MINIMA` MinHashes, as uint16: two rows share as many of them as they share of their five-grams. group: the
+    field `group_by`; 0: none."""
 
     whole: int
     answer: int
@@ -37,18 +38,27 @@ def likeness_of(conversation: Conversation, given_system: str | None = None) -> 
     if given_system is not None and messages and messages[0].role == "system" and messages[0].content == given_system:
         messages = messages[1:]
     so_far = blake2b(json.dumps(conversation.tools, sort_keys=True).encode(), digest_size=8)
-    prompts, answer = [], 0
-    for message in messages:
-        if message.role == "assistant":
-            prompts.append(_number(so_far.digest()))
+    prompts, answer, replies = [], 0, _replies(messages)
+    for index, message in enumerate(messages):
         said = json.dumps(_said(message), sort_keys=True).encode()
-        if message.role == "assistant":
+        if index in replies:
+            prompts.append(_number(so_far.digest()))
             answered = so_far.copy()
             answered.update(said)
             answer = _number(answered.digest())
         so_far.update(said + json.dumps(_plain(message.reasoning or "")).encode())
     group = _number(blake2b(conversation.group.encode(), digest_size=8).digest()) if conversation.group else 0
     return Likeness(_number(so_far.digest()), answer, tuple(prompts), sketch_of(messages), group)
+
+
+def _replies(messages: Sequence[Message]) -> set[int]:
+    """Which messages answer something. A greeting does not: what stands before it is the same in all rows of a set.
+
+    Where nobody asks anything, all that the assistant says; where it says nothing, the last message, whoever's.
+    """
+    said = {index for index, message in enumerate(messages) if message.role == "assistant"}
+    asked = next((index for index, message in enumerate(messages) if message.role in ("user", "tool")), len(messages))
+    return {index for index in said if index > asked} or said or {len(messages) - 1}
 
 
 def sketch_of(messages: Sequence[Message]) -> bytes:

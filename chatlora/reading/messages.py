@@ -8,7 +8,7 @@ from chatlora.reading.content import Content, has_more_than_text, read_content
 from chatlora.reading.conversation import Message, Role, Said, ToolCall, split_reasoning
 from chatlora.reading.flags import FLAGS, read_loss, report_unknown_flags
 from chatlora.reading.roles import CALL_ROLES, ROLE_NAMES, folded, read_role
-from chatlora.reading.values import EMPTY, described, instead_of, listed, read_optional_text, read_text
+from chatlora.reading.values import described, instead_of, listed, read_optional_text, read_text, says_nothing
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 READ_KEYS = {"role", "content", "from", "value", "name", "tool_call_id", "mask", *FLAGS}
@@ -16,14 +16,16 @@ READ_OF: dict[str, set[str]] = {  # role -> what else is read of its messages
     "system": {"tools"},
     "assistant": {"refusal", "tool_calls", "function_call", *REASONING_KEYS},
     "tool": {"observation", "parameters"},
+    **{role: set(REASONING_KEYS) for role in CALL_ROLES},
 }
 ALL_READ = READ_KEYS.union(*READ_OF.values())
+ONE_OF = (("content", "refusal"), ("content", "observation"), ("value", "observation"), ("tool_calls", "function_call"))
 
 
 def unread_keys(turn: Mapping[str, Any], role: str | None) -> set[str]:
-    """The keys of a turn that hold something and that nothing reads."""
+    """The keys of a turn that hold something and that nothing reads. role: its own, or that of a call."""
     left = turn.keys() - READ_KEYS - READ_OF.get(role or "", set())
-    return {str(key) for key in left if turn[key] not in EMPTY}
+    return {str(key) for key in left if not says_nothing(turn[key])}
 
 
 def read_message(
@@ -47,6 +49,9 @@ def read_message(
         problems.append(_told_other_keys(fields, path))
         return []
     report_unknown_flags(fields, ALL_READ, path, problems)
+    for one, other in ONE_OF:
+        if not says_nothing(fields.get(one)) and not says_nothing(fields.get(other)):
+            problems.append(f"{path} has both {one} and {other}, of which one is read; keep one, or ignore: [{other}]")
     if folded(fields.get(role_key)) in CALL_ROLES:
         return _read_call(fields, path, content_key, flags, problems)
     role = read_role(fields, role_key, path, problems)
@@ -89,7 +94,7 @@ def _read_call(
     loss = read_loss(fields, path, problems, flags)
     value, said = fields.get(content_key), Said(None, "")
     if isinstance(value, str):
-        said = split_reasoning(value)
+        said = _read_reasoning(fields, [], value, path, problems)
         value = said.content
     calls = read_calls(value, f"{path}.{content_key}", problems)
     if not calls:

@@ -4,12 +4,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from chatlora.reading.flags import CONTRADICT, NOTHING_READS, SENSES, TRUE_OR_FALSE
+from chatlora.reading.flags import CONTRADICT, IN_PART, LEARNS_REPLIES, NOTHING_READS, SENSES, TRUE_OR_FALSE
 from chatlora.reading.streams import NOT_UTF8
 
 UNREAD = "the row cannot be read"
 KINDS = {  # what a problem says -> how the reason goes on, so that rows of one kind are counted together
-    **dict.fromkeys((TRUE_OR_FALSE, SENSES, CONTRADICT), ": its flags do not say what is learned"),
+    **dict.fromkeys(
+        (TRUE_OR_FALSE, SENSES, CONTRADICT, LEARNS_REPLIES, IN_PART), ": its flags do not say what is learned"
+    ),
     NOTHING_READS: ": it has a flag that nothing reads",
     NOT_UTF8: ": it is not UTF-8",
 }
@@ -37,6 +39,6 @@ class Noted:
     not_used: dict[str, int] = field(default_factory=dict)
 
     def note_not_used(self, names: Iterable[str]) -> None:
-        for name in names:
+        for name in (name.encode(errors="backslashreplace").decode() for name in names):  # half a character is no text
             if name in self.not_used or len(self.not_used) < MOST_NAMES:
                 self.not_used[name] = self.not_used.get(name, 0) + 1

@@ -29,8 +29,8 @@ class OwnReader:
         """What the function makes of a row; None where it leaves it out. Raises DataError, with the place, where it
         fails."""
         try:
-            made = self.function(row)
-        except Exception as error:  # the user's own code may fail in any way
+            made = self.function(dict(row))  # what it takes out of its row, group_by still finds
+        except (Exception, SystemExit) as error:  # the user's own code may fail in any way, and may not end the run
             told = _told(error, self.path)
             raise DataError(f"{place}: the reader raised {told}; mend it, or return None for such rows") from error
         if made is None or isinstance(made, Mapping):
@@ -68,7 +68,7 @@ def _loaded(path: Path, name: str, sha256: str) -> OwnReader:
     try:
         # Not imported: Python would keep it compiled beside the file, and take that for the file's next version.
         exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         told = _told(error, path)
         raise DataError(f"reader: {told}; all that it needs has to be in this file, or installed") from error
     function = vars(module).get(name)
@@ -79,7 +79,7 @@ def _loaded(path: Path, name: str, sha256: str) -> OwnReader:
     return OwnReader(path, function)
 
 
-def _told(error: Exception, path: Path) -> str:
+def _told(error: BaseException, path: Path) -> str:
     """The error's kind and words, and the line of the user's file where it arose."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     if isinstance(error, SyntaxError):

@@ -5,9 +5,10 @@ The words are those that `datasets` goes by on the hub, so a snapshot is read as
 """
 
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from chatlora.reading.files import reader_of
 from chatlora.reading.streams import stem_of
 
 PARTS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "dev", "val"),
-    "test": ("test", "testing", "eval", "evaluation"),
+    "train": ("train", "training", "trainset"),
+    "validation": ("validation", "valid", "dev", "val", "devset", "valset"),
+    "test": ("test", "testing", "eval", "evaluation", "testset"),
 }
 NO_PART = "files that name no part"
 _BY_WORD = {word: part for part, words in PARTS.items() for word in words}
@@ -42,8 +43,14 @@ class Chosen:
 
 
 def files_in(folder: Path) -> list[File]:
-    """The data files of a folder and of those in it, sorted; hidden ones are none."""
-    inside = sorted(path for path in folder.rglob("*") if not _is_hidden(path.relative_to(folder)) and path.is_file())
+    """The data files of a folder and of those in it, sorted; hidden ones are none. Raises DataError where one of them
+    is a link to nothing."""
+    inside = [path for path in sorted(_walked(folder)) if not _is_hidden(path.relative_to(folder))]
+    dangling = [path for path in inside if _is_data(path) and not path.is_file()]
+    if dangling:
+        raise DataError(
+            *(f"{path}: a link to {path.readlink()}, which is not there; copy it again" for path in dangling)
+        )
     states = {path.parent: _told_by(path) for path in inside if path.name == STATE and path.with_name(INFO) in inside}
     kept = {saved: _rows_of(saved, told) for saved, told in states.items()}
     return [
@@ -54,7 +61,8 @@ def files_in(folder: Path) -> list[File]:
 
 
 def part_of(path: Path, *, is_saved: bool = False) -> str | None:
-    """The part that a file is, by a folder above it or by its own name, the first or last word of which says so.
+    """The part that a file is, by a folder above it or by its own name, a word of which says so, the first or the last
+    one before those between.
 
     A name with the number of a shard, or of a data set among several that were saved, is one of its own:
     `train_sft-00000-of-00003.parquet` is train_sft.
@@ -64,7 +72,7 @@ def part_of(path: Path, *, is_saved: bool = False) -> str | None:
         stem = stem_of(path) if is_file else name
         plain = _SHARD.sub("", stem)
         words = [word for word in _SEPARATORS.split(plain.lower()) if word]
-        found = next((_BY_WORD[word] for word in (words[:1] + words[-1:]) if word in _BY_WORD), None)
+        found = next((_BY_WORD[word] for word in (words[:1] + words[::-1]) if word in _BY_WORD), None)
         if found is not None:
             is_own_name = plain != stem or (is_saved and not is_file)
             return plain if is_own_name and plain.lower() not in _BY_WORD else found
@@ -97,6 +105,15 @@ def _no_such_part(named: str, told: Counter[str], unnamed: int, split: str | Non
 
 def _as_named(files: Iterable[File]) -> list[tuple[Path, str]]:
     return [(path, str(path)) for path, _ in files]
+
+
+def _walked(folder: Path) -> Iterator[Path]:
+    """All files, those behind links to folders too, each folder once."""
+    seen: set[Path] = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        seen.add(Path(here).resolve())
+        folders[:] = [name for name in folders if Path(here, name).resolve() not in seen]
+        yield from (Path(here, name) for name in files)
 
 
 def _is_hidden(path: Path) -> bool:

@@ -6,6 +6,7 @@ the network.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 LEAVE_OUT = "To train without such rows: --data.on_bad_row set_aside, which names each of them in the ledger."
 MOST_PROBLEMS = 10_000  # reading stops after so many mistakes
 OTHER_ENDINGS = (".txt", ".zip", ".tar", ".xlsx", ".yaml", ".yml", ".md", ".py")
+WILDCARDS = "*?["
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(:[\w.-]+)?")
 
 
@@ -139,7 +141,7 @@ def _grouped(conversation: Conversation, row: Mapping[str, Any], column: str | N
     if column is None:
         return conversation
     if row.get(column) is None:
-        hint = did_you_mean(column, row) or f"; the row has {', '.join(row)}"
+        hint = did_you_mean(column, row.keys() - {column}) or f"; the row has {', '.join(row)}"
         raise DataError(f"{conversation.place}: {column}, which group_by names, is missing or null{hint}")
     return replace(conversation, group=json.dumps(row[column], sort_keys=True))
 
@@ -183,8 +185,9 @@ def files_of(source: Source, use: str = "train") -> Chosen | None:
         found = files_in(path)
     elif path.exists():
         found = [(path, None)]
-    elif any(character in named for character in "*?["):
-        found = [(file, part_of(Path(file.name))) for file in sorted(_matching(path)) if file.is_file()]
+    elif any(mark in named for mark in WILDCARDS):
+        fixed = _fixed_part(path)
+        found = [(file, part_of(file.relative_to(fixed))) for file in sorted(_matching(path)) if file.is_file()]
     elif _looks_like_file(named, path):
         hint = similar_beside(path) if path.parent.is_dir() else "; that folder does not exist either"
         raise DataError(f"{named}: no such file or folder under {path.absolute().parent}{hint}")
@@ -192,6 +195,11 @@ def files_of(source: Source, use: str = "train") -> Chosen | None:
         return None
     if not found:
         raise DataError(f"{named}: no data file is there; files are known by their endings: {ENDINGS}")
+    nameless = [str(file) for file, _ in found if str(file).encode(errors="replace") != os.fsencode(file)]
+    if nameless:
+        raise DataError(
+            *(f"{name!r}: a name that is not UTF-8, and rows are told by it; rename it" for name in nameless)
+        )
     unknown = [file for file, _ in found if reader_of(file) is None]
     if unknown:
         raise DataError(
@@ -211,6 +219,11 @@ def _embedded_file(named: str) -> Path:
 
 def _matching(pattern: Path) -> Iterator[Path]:
     return Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """The folder in front of the first wildcard: what is named behind it, the pattern leaves open."""
+    return next(folder for folder in pattern.parents if not any(mark in str(folder) for mark in WILDCARDS))
 
 
 def _looks_like_file(named: str, path: Path) -> bool:

@@ -16,11 +16,11 @@ from typing import Any
 
 from chatlora.reading.calls import read_tools
 from chatlora.reading.conversation import Message, reply
-from chatlora.reading.flags import flags_of, read_loss, report_unknown_flags
+from chatlora.reading.flags import flags_of, read_loss, report_unknown_flags, told_learned_context
 from chatlora.reading.marked_text import GLAIVE, MOSS, read_glaive, read_moss
 from chatlora.reading.messages import read_message, unread_keys
 from chatlora.reading.roles import CALL_ROLES, folded
-from chatlora.reading.values import read_list, read_text
+from chatlora.reading.values import listed, read_list, read_text, says_nothing
 
 PAIRS = (  # what a turn that is a whole exchange calls its two texts
     ("human", "assistant"),
@@ -31,6 +31,13 @@ PAIRS = (  # what a turn that is a whole exchange calls its two texts
     ("prompt", "response"),
     ("query", "response"),
     ("question", "answer"),
+)
+WITH_A_QUESTION = (  # what a question may need to be answered: read with it, or not at all
+    *("context", "contexts", "passage", "passages", "paragraph", "article", "document", "documents", "story"),
+    *("background", "knowledge", "evidence", "options", "choices", "input", "instruction"),
+)
+NOT_READ = (
+    "would not be read; a function of yours can join them: reader: my_rows.py:read; or leave it out with ignore: "
 )
 KEYS = (("role", "content"), ("from", "value"))
 MESSAGE_KEYS = {  # what `columns` may name inside a turn -> its key here
@@ -45,11 +52,13 @@ MESSAGE_KEYS = {  # what `columns` may name inside a turn -> its key here
 
 @dataclass(slots=True)
 class Turns:
-    """Messages; the tools that a system message offers; the keys of turns that nothing read."""
+    """Messages; the tools that a system message offers; the keys of turns that nothing read; what is to be said of
+    turns of the system and the user that ask to be learned."""
 
     messages: list[Message] = field(default_factory=list)
     tools: tuple[dict[str, Any], ...] = ()
     not_used: set[str] = field(default_factory=set)
+    learned_context: list[str] = field(default_factory=list)
 
 
 def read_turns(
@@ -65,15 +74,15 @@ def read_turns(
         return Turns(read_glaive(value, path, problems))
     if isinstance(value, Mapping) and MOSS & value.keys():
         return Turns(read_moss(value, path, problems))
-    listed = _columns_of_turns(value) or read_list(value, path, problems)
+    turns = _columns_of_turns(value) or read_list(value, path, problems)
     if keys or ignored:
-        listed = [_renamed(turn, keys or {}, ignored) for turn in listed]
-    if len(listed) > 1 and all(isinstance(turn, str) for turn in listed):
-        return Turns(list(_alternating(listed, path, problems)))
+        turns = [_renamed(turn, keys or {}, ignored) for turn in turns]
+    if len(turns) > 1 and all(isinstance(turn, str) for turn in turns):
+        return Turns(list(_alternating(turns, path, problems)))
     found = Turns()
-    role_key = "from" if any(map(_is_sharegpt, listed)) else "role"
-    flags = flags_of(listed, role_key, path, problems)
-    for index, turn in enumerate(listed):
+    role_key = "from" if any(map(_is_sharegpt, turns)) else "role"
+    flags = flags_of(turns, role_key, path, problems)
+    for index, turn in enumerate(turns):
         at = f"{path}[{index}]"
         pair = _pair_of(turn)
         if pair is not None:
@@ -124,9 +133,10 @@ def _note(found: Turns, turn: Any, path: str, problems: list[str]) -> None:
     if not isinstance(turn, Mapping):
         return
     last = found.messages[-1] if found.messages else None
-    found.not_used |= unread_keys(turn, last.role if last else None)
+    own = folded(turn.get("role", turn.get("from")))
+    found.not_used |= unread_keys(turn, own if own in CALL_ROLES or last is None else last.role)
     if last is not None and last.loss and last.role in ("system", "user"):
-        found.not_used.add(f"loss: true on a turn of the {last.role}")
+        found.learned_context.append(told_learned_context(turn, last.role, path))
     if turn.get("tools") and last is not None and last.role == "system":  # GLM-4
         found.tools += read_tools(turn["tools"], f"{path}.tools", problems)
         if last.content == "":
@@ -171,6 +181,9 @@ def _exchange(
     turn: Mapping[str, Any], pair: tuple[str, str], path: str, problems: list[str], flags: Mapping[str, bool]
 ) -> list[Message]:
     report_unknown_flags(turn, {*pair, *flags}, path, problems)
+    beside = [key for key in (*WITH_A_QUESTION, "system") if key not in pair and not says_nothing(turn.get(key))]
+    if beside:
+        problems.append(f"{path}: {listed(beside)} beside {pair[0]} and {pair[1]} {NOT_READ}[{', '.join(beside)}]")
     question, answer = (read_text(turn[key], f"{path}.{key}", problems) for key in pair)
     loss = read_loss(turn, path, problems, flags)
     messages = exchange(question, answer)

@@ -14,9 +14,14 @@ from typing import Any
 from chatlora.errors import did_you_mean
 
 MOST_LEVELS = 64  # of lists and objects inside each other; templates, and Python, walk them by recursion
-EMPTY: tuple[Any, ...] = (None, "", [], {})  # what says nothing, and need not be told where nothing reads it
+_OF_JSON = (str, bool, int, float, type(None), Mapping, list, tuple)
 _WRITE_JSON = "write it with a JSON library"
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text"}  # type of a part -> where its text stands
+
+
+def says_nothing(value: Any) -> bool:
+    """What need not be told where nothing reads it: null, an empty text, list or object."""
+    return value is None or (isinstance(value, (str, list, Mapping)) and not value)
 
 
 def read_text(value: Any, path: str, problems: list[str], instead: str = "") -> str | None:
@@ -47,10 +52,10 @@ def read_list(value: Any, path: str, problems: list[str]) -> list[Any]:
         value = _python_list(value) if value.lstrip().startswith("[{'") else parse_json(value, path, problems)
         if value is None:
             return []
-    if not isinstance(value, list):
+    if not isinstance(value, (list, tuple)):  # a reader may give a tuple
         problems.append(f"{path} is {described(value)}, not a list")
         return []
-    return value
+    return list(value)
 
 
 def _python_list(text: str) -> Any:
@@ -64,10 +69,20 @@ def _python_list(text: str) -> Any:
 def parse_json(text: str, path: str, problems: list[str]) -> Any:
     """The value of JSON text that stands inside a string. None, and a problem, where it is not JSON."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=object_of_pairs)
     except (ValueError, RecursionError) as error:
         problems.append(f"{path} should be JSON, and is not ({error}): {_shortened(text)!r}; {_WRITE_JSON}")
         return None
+
+
+def object_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For a JSON decoder. Raises ValueError where a key stands twice: one of its values would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {repeated!r} stands twice in one object; keep one of them")
+    return found
 
 
 def described(value: Any) -> str:
@@ -109,9 +124,17 @@ def is_text(value: str, path: str, problems: list[str]) -> bool:
 
 
 def is_json(value: Any, path: str, problems: list[str]) -> bool:
-    """Whether a JSON value can be written out, and rendered: not too deep, and text throughout."""
+    """Whether a JSON value can be written out, and rendered: not too deep, and text throughout, keys too."""
     level: list[Any] = [value]
     for _ in range(MOST_LEVELS):
+        odd = next(
+            (key for each in level if isinstance(each, Mapping) for key in each if not isinstance(key, str)), None
+        )
+        if odd is not None:
+            problems.append(
+                f"{path} has the key {odd!r}, which is no text; JSON has text alone there: put it in quotes"
+            )
+            return False
         level = [item for each in level for item in _inside(each)]
         if not level:
             return is_text(json.dumps(value, ensure_ascii=False, default=str), path, problems)
@@ -120,9 +143,14 @@ def is_json(value: Any, path: str, problems: list[str]) -> bool:
 
 
 def is_finite(value: Any, path: str, problems: list[str]) -> bool:
-    """Whether there is no NaN and no infinity in a JSON value: JSON has none, and no tool could be called so."""
+    """Whether there is no NaN, no infinity, no date and no bytes in a JSON value: JSON has none, and no tool could be
+    called so."""
     level: list[Any] = [value]
     while level:
+        other = next((each for each in level if not isinstance(each, _OF_JSON)), None)
+        if other is not None:
+            problems.append(f"{path} holds {described(other)}, which is no JSON; write it as text or a number")
+            return False
         if any(isinstance(each, float) and not isfinite(each) for each in level):
             problems.append(f"{path} holds NaN or infinity, which is no JSON; write null, text or a number")
             return False
@@ -149,6 +177,12 @@ def read_part(part: Mapping[str, Any], path: str, problems: list[str]) -> str | 
         )
         return None
     key = TEXT_PARTS[kind]
+    for other in sorted(map(str, part.keys() - {"index"})):
+        if isinstance(part[other], (bool, int, float)):
+            problems.append(
+                f"{path}.{other} is {described(part[other])}: if it says what is learned, nothing is learned in part; "
+                "make it two messages, or take it away, with reader: my_rows.py:read"
+            )
     return read_text(part.get(key), f"{path}.{key}", problems, instead_of(key, part))
 
 

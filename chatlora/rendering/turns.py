@@ -7,6 +7,7 @@ where its text does (or, where its role's token is what stops the turn before, r
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ NOT_CONTINUED = "the chat template's reply does not continue its generation prom
 COMES_FIRST = "an assistant message that is a target comes first: no prompt leads to it"
 RAISES_FIRST = f"{RAISES} where the assistant speaks first"
 NO_STOP = "nothing stops a reply: the chat template renders no stop token and the tokenizer has no eos"
+RUNS_ON = "nothing stops a tool's message that is to be learned before the next message begins"
 SPELLS_STOP = "a reply spells a token that would stop it"
 NO_TARGET = "no assistant message is a target"
 
@@ -155,11 +157,23 @@ def read_tool_message(
     end = stops.end_after(full, text_end) if role_end is None else stops.end_of_opening(full, text_end)
     if end is None and index + 1 < len(messages):
         raise SetAside(NO_STOP)
+    if end is not None and end > _beginning(template, messages, tools, index + 1):
+        raise SetAside(RUNS_ON)
     if end is not None:
         return Turn(index, full[:start], full[start:end])
     if stops.eos is None:
         raise SetAside(NO_STOP)
     return Turn(index, full[:start], full[start:] + stops.eos)
+
+
+def _beginning(template: ChatTemplate, messages: Messages, tools: Messages, index: int) -> float:
+    """Where the text of `messages[index]` begins in the rendering of all; infinity where there is no such message."""
+    if index == len(messages):
+        return math.inf
+    told = {key: value for key, value in messages[index].items() if key not in ("reasoning_content", "thinking")}
+    shown = [*messages[:index], {**told, "content": SENTINEL}, *messages[index + 1 :]]
+    before, found, _ = template.render(shown, tools, prompt=False).partition(SENTINEL)
+    return len(before) if found else math.inf
 
 
 @contextmanager

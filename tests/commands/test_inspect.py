@@ -82,6 +82,33 @@ def test_rows_are_found_by_number_place_length_and_risk(folder: Path, inspect: I
         inspect("rows.jsonl", "--row", "99")
 
 
+def test_the_longest_rows_are_those_that_max_length_cuts_or_leaves_nothing_of(folder: Path, inspect: Inspect) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "Oslo. " * 40}]
+    longest = [{"role": "user", "content": "Bergen? " * 80}, {"role": "assistant", "content": "a"}]
+    with (folder / "rows.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"messages": each}) + "\n" for each in (turns, longest))
+    told = inspect("rows.jsonl", "--longest", "--data.max_length", "60", "--data.over_length", "cut")
+    shown = re.findall(r"── (rows.jsonl:\d+): (not trained|60 tokens)?", told)
+    assert shown[:2] == [("rows.jsonl:11", "not trained"), ("rows.jsonl:10", "60 tokens")]
+
+
+def test_rows_are_shown_where_most_of_them_leak(folder: Path, inspect: Inspect) -> None:
+    shutil.copy(folder / "rows.jsonl", folder / "test.jsonl")
+    (folder / "my.yaml").write_text(
+        "data: {train: rows.jsonl, validation: 0, test: test.jsonl, on_leak: drop}\n", encoding="utf-8"
+    )
+    assert "9 x the row leaks into held-out rows" in inspect("my.yaml")
+
+
+def test_strict_passes_thoughts_that_stay_where_the_rows_have_them(folder: Path, inspect: Inspect) -> None:
+    thought = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nNorth."}
+    row = {"messages": [{"role": "user", "content": "q"}, thought]}
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert "a thought is kept at the head of the reply's text" in inspect("rows.jsonl", "--strict")
+    with pytest.raises(SystemExit):
+        inspect("rows.jsonl", "--strict", "--data.reasoning", "drop")
+
+
 def test_strict_passes_clean_rows_only(folder: Path, inspect: Inspect, capsys: pytest.CaptureFixture[str]) -> None:
     inspect("rows.jsonl", "--strict")
     with pytest.raises(SystemExit) as left:

@@ -110,3 +110,41 @@ def test_the_order_of_splits_is_that_of_the_pieces() -> None:
         for share in (0.05, 0.1, 0.3)
     ]
     assert all(small < large for small, large in pairwise(grown))
+
+
+@pytest.mark.parametrize("system", [(), (Message("system", "Be kind."),)])
+def test_rows_that_open_with_the_same_greeting_are_told_apart_by_what_is_asked_then(
+    system: tuple[Message, ...],
+) -> None:
+    opening = (*system, Message("assistant", "How may I help?"))
+    rows = [Conversation((*opening, Message("user", f"q{row}"), Message("assistant", "a"))) for row in range(1000)]
+    likenesses = Likenesses.of((likeness_of(row), "") for row in rows)
+    held = drawn_rows(likenesses, {"validation": 0.1}, 0, lambda line: None)["validation"]
+    assert held.mean() == pytest.approx(0.1, abs=0.03)
+    assert {len(likeness_of(Conversation(opening)).prompts), len(likeness_of(rows[0]).prompts)} == {1}
+
+
+def test_a_row_without_a_reply_has_a_prompt_of_its_own() -> None:
+    learned = [Message("user", "q"), Message("tool", "seen", loss=True)]
+    rows = [Conversation((Message("user", "p"), Message("assistant", "a"))), Conversation(tuple(learned))]
+    likenesses = Likenesses.of((likeness_of(row), "") for row in rows)
+    assert likenesses.first_prompt.tolist() == [likeness_of(row).prompts[0] for row in rows]
+    assert len({*likenesses.last_prompt.tolist()}) == 2
+
+
+def test_one_prompt_of_many_rows_that_is_held_out_is_told() -> None:
+    rows = [("Hi", f"answer {row}", None) for row in range(300)] + random_rows(700)
+    said: list[tuple[int, list[str]]] = []
+    likenesses = Likenesses.of(
+        (likeness_of(Conversation((Message("user", prompt), Message("assistant", answer)))), "")
+        for prompt, answer, _ in rows
+    )
+    for seed in range(60):
+        lines: list[str] = []
+        held = drawn_rows(likenesses, {"validation": 0.1}, seed, lines.append)["validation"]
+        said.append((int(held.sum()), lines))
+    assert any(number >= 300 for number, _ in said)
+    for number, lines in said:
+        assert [f"{number:,} of 1,000 rows are held out, since 300 of them" in line for line in lines] == (
+            [True] if number >= 300 else []
+        )

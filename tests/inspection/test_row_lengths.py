@@ -42,7 +42,7 @@ def really_lost(rows: list[list[Draft]], max_length: int, over_length: OverLengt
 def test_what_would_be_lost_is_what_rendering_loses(over_length: OverLength) -> None:
     draw = random.Random(0)
     rows = [drafts(draw) for _ in range(60)]
-    lengths = lengths_of([[draft.example() for draft in row] for row in rows])
+    lengths = lengths_of(("", [draft.example() for draft in row]) for row in rows)
     assert lengths.num_targets == sum(draft.num_targets() for row in rows for draft in row)
     for max_length in range(2, 180):
         assert lengths.lost(max_length, over_length) == really_lost(rows, max_length, over_length), max_length
@@ -52,12 +52,12 @@ def test_the_other_looks_at_length_are_told_apart() -> None:
     """The comparison above would see one taken for another."""
     draw = random.Random(0)
     rows = [drafts(draw) for _ in range(60)]
-    lengths = lengths_of([[draft.example() for draft in row] for row in rows])
+    lengths = lengths_of(("", [draft.example() for draft in row]) for row in rows)
     assert len({lengths.lost(40, over_length) for over_length in LOOKS}) == 3
 
 
 def of_lengths(*tokens: int) -> Lengths:
-    return lengths_of([[Draft(list(range(each)), [(1, each)], []).example()] for each in tokens])
+    return lengths_of(("", [Draft(list(range(each)), [(1, each)], []).example()]) for each in tokens)
 
 
 @pytest.mark.parametrize("tokens", [(1,), (5, 5), (80, 96, 113), (2, 100_000), tuple(range(1, 3_000, 7))])

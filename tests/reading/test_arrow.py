@@ -80,3 +80,11 @@ def test_json_of_datasets_is_what_was_written(tmp_path: Path) -> None:
 def test_a_map_with_a_key_twice_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="row 1: a map has a key twice: a, a"):
         calls_of(tmp_path, table_of([[("a", "1"), ("a", "2")]], pa.map_(STRING, STRING)))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array([text]) for text in "qab"], names=["prompt", "completion", "completion"])
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(DataError, match="two columns or fields have one name: prompt, completion, completion"):
+        list(read_conversations(Source(path=str(tmp_path / "a.arrow"))))

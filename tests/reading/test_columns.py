@@ -94,3 +94,55 @@ def test_arguments_of_the_template_are_an_object_of_its_own_names(kwargs: Any, s
     assert parse_row({**PAIR, "chat_template_kwargs": '{"enable_thinking": true}'}).template_kwargs == {
         "enable_thinking": True
     }
+
+
+@pytest.mark.parametrize(
+    ("row", "left"),
+    [
+        ({"question": "q", "options": ["a", "b"], "answer": "b"}, "options"),
+        ({"question": "q", "article": "long", "choices": {"label": ["A"]}, "answer": "A"}, "article, choices"),
+        ({"prompt": "p", "completion": "c", "context": "known"}, "context"),
+        ({"instruction": "p", "output": "c", "context": "known"}, "context"),
+        (
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "document": "d"},
+            "document",
+        ),
+        ({"conversation": [{"system": "s", "human": "q", "assistant": "a"}]}, "system"),
+        ({"data": [{"instruction": "i", "input": "n", "output": "a"}]}, "instruction"),
+    ],
+)
+def test_what_a_question_may_need_is_never_left_unread_unsaid(row: dict[str, Any], left: str) -> None:
+    with pytest.raises(DataError) as caught:
+        parse_row(row)
+    assert f"{left} beside" in str(caught.value)
+    assert f"ignore: [{left}]" in str(caught.value)
+    assert parse_row(row, ignore=left.split(", ")).messages[-1].role == "assistant"
+
+
+def test_what_stands_in_a_message_already_or_is_named_is_no_question_left() -> None:
+    asked = "Known: long. q A) a B) b"
+    row = {"question": asked, "context": "long", "options": {"A": "a", "B": "b"}, "passage": None, "answer": "B"}
+    with pytest.raises(DataError, match="several ways"):
+        parse_row(row)
+    alone = {name: value for name, value in row.items() if name != "context"}
+    assert parse_row(alone).messages[0].content == asked
+    mapped = parse_row(row | {"story": "s"}, columns={"prompt": "question", "completion": "answer"})
+    assert mapped.messages[0].content == asked
+
+
+@pytest.mark.parametrize(
+    ("row", "way"),
+    [
+        ({"id": "1", "context": "c", "question": "q", "answers": {"text": ["a"]}}, "a function of yours"),  # SQuAD
+        ({"question": "q", "context": {"contexts": ["c"]}, "long_answer": "a"}, "a function of yours"),  # PubMedQA
+        (
+            {"ask_question": "q?", "context": "c", "my_answer": "a"},
+            "columns: {instruction: ask_question, input: context, output: my_answer}",
+        ),
+        ({"article": "long", "highlights": "short"}, "columns: {prompt: article, completion: highlights}"),
+    ],
+)
+def test_no_way_on_is_printed_that_would_lose_what_the_question_needs(row: dict[str, Any], way: str) -> None:
+    with pytest.raises(DataError, match="no known form") as caught:
+        parse_row(row)
+    assert way in str(caught.value)

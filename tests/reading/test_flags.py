@@ -71,7 +71,31 @@ def test_ids_times_and_positions_are_no_flags_and_are_listed() -> None:
     assert read_row({"messages": turns}).not_used == {*NO_FLAGS, "mood"}
 
 
-def test_a_flag_that_asks_to_learn_a_user_is_listed_as_not_used() -> None:
-    assert read_row({"messages": [{**USER, "train": True}, reply(train=True)]}).not_used == {
-        "loss: true on a turn of the user"
-    }
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_a_flag_that_asks_to_learn_context_is_refused_by_its_name(role: str) -> None:
+    turns: list[dict[str, Any]] = [{"role": role, "content": "c", "train": True}, USER, reply(train=True)]
+    assert "messages[0].train says that a turn of the " + role in problem(*turns)
+    assert "ignore: [train]" in problem(*turns)
+    assert "masked says" in problem({**USER, "masked": False}, reply())
+    assert losses({**USER, "train": None, "weight": 0}, reply(train=True)) == [False, True]
+    chatglm3 = read_row({"conversations": [{**USER, "loss": True}, reply()]})  # the original did not hear it
+    assert chatglm3.not_used == {"loss: true on a turn of the system or the user"}
+
+
+def test_what_is_learned_of_a_part_of_a_message_is_refused() -> None:
+    spans = [{"begin_offset": 0, "end_offset": 3, "train": False}]
+    assert "ignore: [train_detail]" in problem(USER, reply(train_detail=spans))
+    assert "content[0].train is false" in problem(USER, reply(content=[{"type": "text", "text": "a", "train": False}]))
+    assert losses(USER, reply(content=[{"type": "text", "text": "a", "index": 0}])) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("loss_mask", [0, 1]), ("mask", [False, True]), ("weight", 0.5), ("train", False), ("weights", [1.0, 0.0])],
+)
+def test_a_mask_beside_the_messages_is_refused_until_it_is_ignored(column: str, value: Any) -> None:
+    row = {"messages": [USER, reply()], column: value}
+    with pytest.raises(DataError, match=rf"{column} is .* ignore: \[{column}\]"):
+        parse_row(row)
+    assert len(parse_row(row, ignore=[column]).messages) == 2
+    assert read_row({"messages": [USER, reply()], "weight": 1.0, "mask": "a word"}).not_used == {"weight", "mask"}

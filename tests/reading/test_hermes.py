@@ -165,8 +165,17 @@ def test_broken_tools_are_told() -> None:
     assert read(talk(LOOK, system=QWEN % "[{broken}]")).problem == NO_TOOLS
 
 
+@pytest.mark.parametrize("told", [json.dumps(TOOL), json.dumps([{**TOOL["function"]}]), "[{broken}]"])  # type: ignore[dict-item]
+def test_tools_that_a_row_offers_twice_are_told_once_where_they_are_the_same(told: str) -> None:
+    row = replace(talk(LOOK, system=QWEN % told), tools=(TOOL,))
+    found = read(row)
+    assert found.conversation.tools == (TOOL,)
+    assert found.changes[CALLS_READ] == 1
+    assert (found.conversation.messages[0].role == "system") == (told == "[{broken}]")
+
+
 def test_a_row_s_own_tools_and_calls_are_left_alone() -> None:
-    row = replace(talk(LOOK, system=QWEN % json.dumps(TOOL)), tools=(TOOL,))
+    row = replace(talk(LOOK, system=QWEN % json.dumps(TOOL)), tools=(TOOL | {"strict": True},))
     assert read(row).conversation.messages[0] == row.messages[0]
     structured = replace(row, messages=(row.messages[1], replace(row.messages[2], tool_calls=(CALL,))))
     assert read_hermes(structured) is None

@@ -119,3 +119,34 @@ def test_its_file_is_named_by_its_absolute_path(tmp_path: Path, monkeypatch: pyt
     assert source.reader == f"{tmp_path / 'my_rows.py'}:read"
     with pytest.raises(ValidationError):
         Config.model_validate({"data": {"train": [{"path": "talks.jsonl", "reader": "my_rows"}]}})
+
+
+LOOSE = """
+import sys
+import numpy
+
+def ends(row):
+    sys.exit(0)
+
+def loose(row):
+    row.pop("lang")
+    turns = tuple({"role": who, "content": said} for who, said in row.pop("talk"))
+    return {"messages": turns, "embedding": numpy.zeros(3)}
+"""
+
+
+def test_a_reader_can_neither_end_the_run_nor_take_a_group_away(
+    source: Callable[[str], Source], tmp_path: Path
+) -> None:
+    (tmp_path / "my_rows.py").write_text(LOOSE)
+    assert "the reader raised SystemExit: 0" in problems_of(source("ends"))[0]
+    noted = Noted()
+    rows = list(read_conversations(source("loose").model_copy(update={"group_by": "lang"}), noted=noted))
+    assert [row.group for row in rows] == ['"en"', '"de"', '"en"']
+    assert noted.not_used == {"embedding": 3}
+
+
+def test_a_group_that_is_null_is_not_taken_for_a_slip(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "completion": "c", "id": null}\n')
+    with pytest.raises(DataError, match="id, which group_by names, is missing or null; the row has prompt"):
+        list(read_conversations(Source(path=str(tmp_path / "a.jsonl"), group_by="id")))

@@ -75,7 +75,8 @@ def problem_of(path: str, use: str = "train", split: str | None = None) -> str:
         ("test/train.jsonl", "test"),
         ("a.jsonl", None),
         ("trainer.jsonl", None),
-        ("fire_test_cases.jsonl", None),
+        ("alpaca_test_2k.jsonl", "test"),
+        ("testset.jsonl", "test"),
         ("corpus-00000-of-00002.parquet", None),
     ],
 )
@@ -128,6 +129,24 @@ def test_a_glob_is_read_by_part_too(here: Path) -> None:
     write("data/train-0.jsonl", "data/train-1.jsonl", "data/test.jsonl")
     assert read("data/*.jsonl") == ["data/train-0.jsonl", "data/train-1.jsonl"]
     assert read("data/*.jsonl", split="test") == ["data/test.jsonl"]
+
+
+@pytest.mark.parametrize("pattern", ["set/*/*.jsonl", "set/**/*.jsonl", "s*/*/a.jsonl"])
+def test_a_glob_over_folders_of_parts_mixes_none(here: Path, pattern: str) -> None:
+    write("set/train/a.jsonl", "set/test/a.jsonl")
+    (chosen,) = inputs_of([Source(path=pattern)], "train")
+    assert (chosen.part, dict(chosen.left)) == ("train", {"test": 1})
+    assert len(read("set/test/*.jsonl")) == 1
+
+
+def test_folders_behind_links_are_read_once_and_a_link_to_nothing_is_an_error(here: Path) -> None:
+    write("set/a.jsonl", "elsewhere/b.jsonl")
+    (here / "set" / "linked").symlink_to(here / "elsewhere")
+    (here / "elsewhere" / "back").symlink_to(here / "set")
+    (chosen,) = inputs_of([Source(path="set")], "train")
+    assert len([*chosen.conversations()]) == 4
+    (here / "set" / "c.jsonl").symlink_to(here / "blobs" / "c")
+    assert "set/c.jsonl: a link to" in problem_of("set")
 
 
 @pytest.mark.parametrize("parts", [("train", "test"), ("train_sft", "train_gen", "test_sft")])

@@ -15,6 +15,7 @@ from datasets import Dataset
 from chatlora.config import Source
 from chatlora.errors import DataError
 from chatlora.reading import sources
+from chatlora.reading.noted import Noted
 from chatlora.reading.sources import fingerprint, read_conversations, read_rows
 
 GOOD = '{"prompt": "p", "completion": "c"}'
@@ -48,6 +49,17 @@ def test_folders_and_globs_are_read_in_order(here: Path) -> None:
     assert [place for place, *_ in read("rows")] == ["rows/a.jsonl:1", "rows/b.jsonl:1", "rows/more/c.jsonl:1"]
     assert [place for place, *_ in read("rows/[ab].jsonl")] == ["rows/a.jsonl:1", "rows/b.jsonl:1"]
     assert [place for place, *_ in read(f"{here}/rows/**/c.jsonl")] == [f"{here}/rows/more/c.jsonl:1"]
+
+
+def test_names_that_are_no_text_crash_nothing(here: Path) -> None:
+    (here / "rows.jsonl").write_text('{"prompt": "p", "completion": "c", "\\ud800": 1}\n')
+    noted = Noted()
+    list(read_conversations(Source(path="rows.jsonl"), noted=noted))
+    assert noted.not_used == {"\\ud800": 1}
+    (here / "rows").mkdir()
+    Path(os.fsdecode(os.fsencode(here) + b"/rows/caf\xe9.jsonl")).write_text(GOOD)
+    assert "a name that is not UTF-8" in problems_of("rows")[0]
+    assert "caf\\udce9.jsonl" in problems_of("rows/*.jsonl")[0]
 
 
 def test_package_data_is_named_independently_of_the_working_directory(here: Path) -> None:

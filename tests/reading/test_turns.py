@@ -1,6 +1,7 @@
 """Turns in any shape: roles in any case, calls that are turns of their own, parts, and texts with markers."""
 
 import json
+from datetime import date
 from typing import Any
 
 import pytest
@@ -135,3 +136,51 @@ def test_tools_in_the_language_of_moss_are_refused() -> None:
     }
     with pytest.raises(DataError, match=r"chat\.turn_1 has Commands, tools in MOSS's own language"):
         parse_row({"chat": {"turn_1": turn}})
+
+
+def test_a_call_s_own_thought_is_read_and_what_else_stands_beside_it_is_told() -> None:
+    call = {"role": "tool_call", "content": '{"name": "f", "arguments": {}}', "reasoning_content": "First look."}
+    row = {"messages": [{"role": "user", "content": "q"}, {**call, "tool_calls": [{"name": "g"}], "refusal": "no"}]}
+    with pytest.raises(DataError, match="both content and refusal"):
+        read_row(row)
+    read = read_row(row, ignore=["refusal"])
+    assert read.conversation.messages[1].reasoning == "First look."
+    assert read.not_used == {"tool_calls"}
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": "Sure.", "refusal": "I cannot."},
+        {"role": "tool", "name": "f", "parameters": {}, "observation": "o", "content": "more"},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}], "function_call": {"name": "g"}},
+    ],
+)
+def test_of_two_keys_for_the_same_none_is_chosen_unsaid(turn: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="of which one is read"):
+        parse_row({"messages": [{"role": "user", "content": "q"}, turn]})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"on": date(2026, 1, 1)}, "arguments holds a date"),
+        ({"of": [b"raw"]}, "arguments holds a bytes"),
+        ({"by": {1: "one"}}, "arguments has the key 1, which is no text"),
+    ],
+)
+def test_arguments_that_are_no_json_as_a_reader_or_arrow_gives_them_are_refused(arguments: Any, said: str) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": arguments}]}
+    assert said in problem(USER, call)
+    assert "has the key 2" in problem(USER, {"role": "tool", "content": {2: "two"}})
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ({"name": "f", "arguments": '{"at": "Oslo", "at": "Rome"}'}, "the key 'at' stands twice"),
+        ({"name": "f", "arguments": {}, "parameters": {"at": "Oslo"}}, "has both arguments and parameters"),
+    ],
+)
+def test_of_two_values_for_the_same_none_is_chosen_unsaid(call: dict[str, Any], said: str) -> None:
+    assert said in problem(USER, {"role": "assistant", "content": None, "tool_calls": [call]})

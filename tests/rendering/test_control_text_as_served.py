@@ -11,11 +11,12 @@ from chatlora.config import ControlWords
 from chatlora.errors import SetAside
 from chatlora.reading.conversation import Conversation, Message
 from chatlora.rendering.control_text import ControlText
+from chatlora.rendering.remarks import IS_CONTROL, Remark
 from chatlora.rendering.renderer import Renderer
 from tests.exactness import control_ids, rendered_ids
 from tests.random_conversations import draw
 from tests.rendering.test_chat_templates import LONG, TEMPLATES, tokenizer_of
-from tests.tiny_tokenizers import CHATML, GLM, GLM_TOKENS, TOOL_TOKENS, tiny_tokenizer
+from tests.tiny_tokenizers import CHATML, GLM, GLM_TOKENS, THINK_TOKENS, TOOL_TOKENS, tiny_tokenizer
 
 HOSTILE = Conversation(
     (
@@ -56,6 +57,17 @@ def test_text_that_spells_a_control_token_is_the_token() -> None:
     [example], [text] = (chatml(each).render(HOSTILE, max_length=LONG).examples for each in ("token", "text"))
     renderer = chatml("text")
     assert len(control_ids(renderer, example.input_ids)) == len(control_ids(renderer, text.input_ids)) + 7
+
+
+def test_text_that_is_the_token_is_told_as_text_that_stays_text_is() -> None:
+    served, kept = (chatml(each).render(HOSTILE, max_length=LONG).remarks for each in ("token", "text"))
+    assert {kind for kind, _ in served} == {IS_CONTROL}
+    assert [word for _, word in served] == [word for _, word in kept]
+    thinking = Renderer(tiny_tokenizer(chat_template=CHATML, plain_tokens=THINK_TOKENS), control_text="token")
+    head = "<think>\nHm.\n</think>\n\n"
+    for text, told in (("Yes.", ()), ("Yes <think>.", (Remark(IS_CONTROL, "<think>"),))):
+        row = Conversation((Message("user", "Hi"), Message("assistant", text, "Hm.", thought_text=head)))
+        assert thinking.render(row, max_length=LONG).remarks == told
 
 
 def test_a_reply_that_spells_what_would_stop_it_is_set_aside_as_served() -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from chatlora.config import Supervise
 from chatlora.errors import ModelError, SetAside
 from chatlora.reading.conversation import Conversation, Message, ToolCall
-from chatlora.rendering.remarks import OPENS, Remark
+from chatlora.rendering.remarks import NAMELESS, OPENS, Remark
 from chatlora.rendering.renderer import IGNORE_INDEX, Example, Renderer
 from chatlora.rendering.single import render
 from chatlora.rendering.template import resolve_template_kwargs
@@ -218,6 +218,14 @@ def test_what_the_assistant_says_first_is_context_unless_the_row_asks_for_more(c
     ):
         with pytest.raises(SetAside, match=reason):
             chatml.render(conversation, max_length=LONG)
+
+
+def test_a_speaker_s_name_that_the_template_does_not_show_is_told(chatml: Renderer) -> None:
+    named = Conversation((replace(USER, name="Ana"), replace(ASSISTANT, name="Bo")))
+    assert chatml.render(named, max_length=LONG).remarks == (Remark(NAMELESS, "Ana"), Remark(NAMELESS, "Bo"))
+    shown = chatml.chat_template.replace("message['content']", "(message['name'] or '') + message['content']")
+    asked = Conversation((named.messages[0], ASSISTANT))
+    assert chatml.under(shown).render(asked, max_length=LONG).remarks == ()
 
 
 @pytest.mark.parametrize(
