@@ -176,7 +176,7 @@ def test_targets_that_are_off_by_one_are_found_without_the_proof(
         return right(Draft(draft.ids, moved, draft.turns))
 
     monkeypatch.setattr(Draft, "example", wrong)
-    monkeypatch.setattr(Renderer, "_prove", lambda *given: None)
+    monkeypatch.setattr(Renderer, "_prove", lambda *given, **named: None)
     with pytest.raises((AssertionError, StopIteration)):
         check_all(name)
 
