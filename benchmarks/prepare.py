@@ -37,11 +37,13 @@ def tokenizer_with(template: str) -> Any:
     tokenizer = load_tokenizer(ModelConfig(name_or_path=MODEL))
     if template != "own":
         import trl
+        from tokenizers import AddedToken
 
         path = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
         tokenizer.chat_template = path.read_text(encoding="utf-8")
-        tokens = list(dict.fromkeys(CONTROL.findall(re.sub(r"\{#.*?#\}", "", tokenizer.chat_template))))
-        tokenizer.add_tokens(tokens)
+        found = list(dict.fromkeys(CONTROL.findall(re.sub(r"\{#.*?#\}", "", tokenizer.chat_template))))
+        new = [token for token in found if token not in tokenizer.get_vocab()]
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in new])  # as Qwen's are
     return tokenizer
 
 

@@ -94,6 +94,11 @@ class Draft:
             labels[start:end] = self.ids[start:end]
         return Example(self.ids, labels)
 
+    def sample(self, number: int, most: int | None) -> EvalExample:
+        """Of one turn, the assistant's `number`th: its prompt, and of its reply at most `most` ids (None: all)."""
+        [(start, _)] = self.spans
+        return EvalExample(self.ids[:start], self.ids[start:][:most], number)
+
     def num_targets(self) -> int:
         return sum(end - start for start, end in self.spans)
 
@@ -114,6 +119,30 @@ def fitted(
     if not any(draft.spans for draft in kept):
         raise NothingFits(NOTHING_LEFT[over_length], f"{longest} tokens, max_length is {max_length}", missed)
     return kept, missed
+
+
+def prompts_within(
+    drafts: Sequence[Draft],
+    order: Sequence[int],
+    max_prompt_length: int | None,
+    over_length: OverLength,
+    place: str | None,
+) -> tuple[list[Draft], tuple[tuple[int, str], ...]]:
+    """The drafts of one turn each whose prompt is short enough, and (turn, reason) of the others.
+
+    order: the messages that are the assistant's.
+    """
+    kept, set_aside = [], []
+    for draft in drafts:
+        [(start, _)], [turn] = draft.spans, draft.turns
+        if max_prompt_length is None or start <= max_prompt_length:
+            kept.append(draft)
+        elif over_length == "error":
+            raise too_long(place, start, "evaluation.max_prompt_length", max_prompt_length)
+        else:
+            reason = f"{PROMPT_TOO_LONG} ({start} tokens, the limit is {max_prompt_length})"
+            set_aside.append((order.index(turn.index), reason))
+    return kept, tuple(set_aside)
 
 
 def _shortened(draft: Draft, max_length: int, over_length: OverLength) -> Draft:

@@ -33,15 +33,14 @@ from chatlora.rendering.control_text import ControlText
 from chatlora.rendering.drafts import draft_alone, drafts_of
 from chatlora.rendering.examples import (
     IGNORE_INDEX,
-    PROMPT_TOO_LONG,
     Draft,
     EvalExample,
     Example,
     Rendered,
     RenderedForEvaluation,
     fitted,
+    prompts_within,
     refuse_hopeless,
-    too_long,
 )
 from chatlora.rendering.limits import PROBE, bounded, bounds_for
 from chatlora.rendering.proof import Proof
@@ -182,23 +181,17 @@ class Renderer:
             taken = self.taking.taken(conversation)
             drafts = self._drafts_for_evaluation(taken.conversation, supervise)
         order = [index for index, message in enumerate(taken.conversation.messages) if message.role == "assistant"]
-        examples, answered, set_aside, cut, altered = [], [], [], 0, Counter(taken.changes)
-        for draft in drafts:
-            [(start, _)], [turn] = draft.spans, draft.turns
-            prompt, reference = draft.ids[:start], draft.ids[start:]
-            number = order.index(turn.index)
-            if max_prompt_length is not None and start > max_prompt_length:
-                if over_length == "error":
-                    raise too_long(conversation.place, start, "evaluation.max_prompt_length", max_prompt_length)
-                set_aside.append((number, f"{PROMPT_TOO_LONG} ({start} tokens, the limit is {max_prompt_length})"))
-                continue
-            if over_length == "cut" and len(reference) > max_new_tokens:
-                reference, cut = reference[:max_new_tokens], cut + 1
-            examples.append(EvalExample(prompt, reference, number))
-            answered.append(turn)
-            altered.update(turn.altered)
-        remarks = remarks_on(taken.conversation, self._text, drafts[-1].turns[0].prompt, answered)
-        return RenderedForEvaluation(tuple(examples), tuple(set_aside), cut, altered, remarks)
+        kept, set_aside = prompts_within(drafts, order, max_prompt_length, over_length, conversation.place)
+        most = max_new_tokens if over_length == "cut" else None
+        answered, altered = [turn for draft in kept for turn in draft.turns], Counter(taken.changes)
+        altered.update(kind for turn in answered for kind in turn.altered)
+        return RenderedForEvaluation(
+            examples=tuple(draft.sample(order.index(draft.turns[0].index), most) for draft in kept),
+            set_aside=set_aside,
+            cut_references=sum(draft.num_targets() > max_new_tokens for draft in kept) if over_length == "cut" else 0,
+            altered=altered,
+            remarks=remarks_on(taken.conversation, self._text, drafts[-1].turns[0].prompt, answered),
+        )
 
     def prompt_ids(self, conversation: Conversation, *, checked: bool = False) -> list[int]:
         """The ids of the whole conversation and the generation prompt after it.

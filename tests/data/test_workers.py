@@ -42,7 +42,7 @@ def test_workers_give_what_one_process_gives(tmp_path: Path, monkeypatch: pytest
     proofs_here = proofs_by(PLAIN, monkeypatch)
     together, effort = rendered_by(0.0)
     assert together == alone
-    assert len(proofs_here) == 1  # of the row that was looked at first; all others are rendered by workers
+    assert len(proofs_here) < len(alone) / 2  # of the rows that were looked at first; workers render the others
     assert 0 < effort.proof_seconds < effort.seconds
 
 
