@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -35,6 +36,16 @@ LONG = (
     "test_adapter_folder",
     "test_models",
 )
+
+
+def pytest_configure() -> None:
+    """What pytest was told to ignore (by nohup, by a script's `&`), every process of the tests would ignore too.
+
+    That is inherited by a new program, and a handler is not.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -31,9 +31,7 @@ class Installed(NamedTuple):
         environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-P", "-m", "chatlora", *words]
         with (self.folder / "log").open("a", encoding="utf-8") as log:
-            return subprocess.Popen(
-                command, cwd=self.folder, env=environment, stdout=log, stderr=log, text=True, preexec_fn=_from_terminal
-            )
+            return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log, text=True)
 
     def run(self, *words: str) -> int:
         return self.start(*words).wait(timeout=280)
@@ -41,10 +39,6 @@ class Installed(NamedTuple):
     @property
     def told(self) -> str:
         return (self.folder / "log").read_text(encoding="utf-8")
-
-
-def _from_terminal() -> None:  # what a script starts in the background ignores SIGINT, and so do its children
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")

@@ -21,14 +21,8 @@ from tests.runs import is_alive, saved, wait_until
 def started(command: list[str], folder: Path, cache: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process in a session of its own; whatever is left of it at the end is killed."""
     environment = {**os.environ, "CHATLORA_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-    def as_from_a_terminal() -> None:  # what a script starts in the background ignores SIGINT, and so do its children
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=log, stderr=log, preexec_fn=as_from_a_terminal
-        )
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     family: list[int] = []
     try:
         wait_until(lambda: has_begun(folder) or process.poll() is not None)
