@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers.cli.serving.model_manager import ModelManager
 from transformers.utils.import_utils import is_serve_available
 
+from chatlora.model.loading import load_adapter
 from tests.chats import LETTER, QUESTIONS, SYSTEM, predictions
+from tests.merges import loaded, write_adapter, write_base
+from tests.model_families import FAMILIES
 from tests.runs import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,3 +105,25 @@ def test_a_server_that_is_not_told_the_templates_arguments_says_something_else(s
     told = {"chat_template_kwargs": {"enable_thinking": True}}
     said = [server_at.says(served / "served", question, **told) for question in QUESTIONS[:6]]
     assert said != wanted_of(served, "test")
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        ("Qwen3-MoE", None),
+        *(pytest.param(family, None, marks=pytest.mark.slow) for family in FAMILIES if family != "Qwen3-MoE"),
+        pytest.param("Llama", "dora", marks=pytest.mark.slow),
+    ],
+)
+def test_its_loader_makes_of_links_what_was_trained(tmp_path: Path, family: str, variant: str | None) -> None:
+    base = write_base(tmp_path / "BASE", family, torch.float32)
+    adapter = write_adapter(tmp_path / "RUN/adapter", base, variant)
+    subprocess.run("\n".join(documented()[1:-1]), shell=True, cwd=tmp_path, check=True)
+    theirs = ModelManager(device="cpu", dtype="float32")._load_model(f"{tmp_path}/served@main").eval()
+    ours = load_adapter(loaded(base), adapter)
+    ids = torch.arange(1, 25)[None]
+    with torch.no_grad():
+        wanted, found = (model(input_ids=ids, use_cache=False).logits for model in (ours, theirs))
+        assert torch.equal(found, wanted)
+        theirs.disable_adapters()
+        assert not torch.equal(theirs(input_ids=ids, use_cache=False).logits, wanted)
