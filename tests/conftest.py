@@ -35,6 +35,7 @@ LONG = (
     "test_checkpoint",
     "test_adapter_folder",
     "test_models",
+    "test_transformers_serve",
 )
 
 

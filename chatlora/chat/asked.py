@@ -16,7 +16,8 @@ from chatlora.training.named_files import named_adapter, named_by_model, refuse_
 USAGE = """usage: chatlora chat RUN | ADAPTER | MODEL [--adapter A] [--section.field VALUE ...]
 
 Talks to a finished run, to a PEFT adapter on its base, or to a model alone: under the template, its arguments and the
-stop tokens of evaluate.py, with its greedy text. In the conversation, /help lists what can be said to chatlora.
+stop tokens of evaluate.py, with its greedy text (in bf16 but for rounding, since evaluate.py computes in batches).
+In the conversation, /help lists what can be said to chatlora.
   --adapter A          another adapter's folder, as RUN/adapter-best [RUN/adapter]
   --max_new_tokens N   the longest answer, in tokens [evaluation.max_new_tokens]
   --temperature T      draw each token, 1 as the model says, lower ones more surely [0: the most likely token]

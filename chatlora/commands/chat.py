@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -32,10 +33,10 @@ def run(argv: Sequence[str]) -> None:
         for note in runtime.notes:
             print_line(note)
         answering = open_chat(asked, runtime, print_line)
-        if sys.stdin.isatty():
-            talk(asked, answering)
-        else:
-            answer_lines(asked, answering)
+        try:
+            (talk if sys.stdin.isatty() else answer_lines)(asked, answering)
+        except BrokenPipeError:  # who read the answers has left, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def talk(asked: Asked, answering: Answering) -> None:

@@ -1,6 +1,7 @@
 """Which servers do not take an adapter as it is, by name, with what to do: said after an export, and on its card.
 
 Read in vLLM 0.33.0, SGLang 0.5.23, llama.cpp's convert_lora_to_gguf.py and PEFT 0.21; tests/servers.py tells where.
+What transformers 5.23 does by itself was tried (tests/chat/test_transformers_serve.py).
 """
 
 from pathlib import Path
@@ -13,6 +14,10 @@ from chatlora.model.experts import BY_HAND, SERVED_STACKED, expert_names, has_si
 
 MERGE = "merge it into the model"
 DORA = "takes no DoRA adapter"
+LOST = (
+    "loses the magnitudes of a DoRA adapter where it opens the folder itself, as `transformers serve` does, with a "
+    f"warning: load it with PEFT, or {MERGE}"
+)
 MIXED_FLAG = "--enable-mixed-moe-lora-format"
 MIXED = f"takes these experts when it is started with {MIXED_FLAG}"
 
@@ -26,7 +31,7 @@ def not_taken_in(base: PreTrainedModel, folder: Path) -> dict[str, str]:
 def not_taken(base: PreTrainedModel, settings: PeftLoraConfig) -> dict[str, str]:
     """The same of the settings in an adapter's folder. Empty where all take it."""
     if settings.use_dora:
-        return dict.fromkeys(("vLLM", "SGLang", "llama.cpp"), f"{DORA}: {MERGE}")
+        return {**dict.fromkeys(("vLLM", "SGLang", "llama.cpp"), f"{DORA}: {MERGE}"), "transformers": LOST}
     model_type, notes = model_type_of(base), {}
     if has_stacked(settings):
         single = "lora.expert_format per_expert writes it for it, or " if expert_names(base) else ""

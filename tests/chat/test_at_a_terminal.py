@@ -5,6 +5,7 @@ import pty
 import re
 import select
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,13 +14,19 @@ from tests.fork_server import At, ForkServer
 
 GREETING = "/help lists the commands"
 CTRL_C, CTRL_D = b"\x03", b"\x04"
+BROKEN_OFF = """
+from chatlora.chat.screens import Terminal
+def show(screen, by, text):
+    raise KeyboardInterrupt
+Terminal.show = show
+"""
 SHOW = "chatlora.chat.screens:Terminal.show"
 
 
 class Typist:
     """A chat on a terminal of its own."""
 
-    def __init__(self, server: ForkServer, talked_to: Path, *words: str, at: At | None = None) -> None:
+    def __init__(self, server: ForkServer, talked_to: Path, *words: str, **options: Any) -> None:
         self.server, self.seen = server, ""
         self.terminal, slave = pty.openpty()
         streams = [Path(os.ttyname(slave))] * 3
@@ -28,7 +35,7 @@ class Typist:
             talked_to.parent,
             script="chatlora.commands.chat:run",
             streams=streams,
-            at=at,
+            **options,
             environment={"TERM": "xterm", "COLUMNS": "100"},
         )
         self.until(GREETING)
@@ -80,6 +87,16 @@ def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_chat(server: ForkServer, fo
     typist.type(b"/retry\r")
     typist.until("cut off at 20 tokens")
     typist.type(CTRL_C)
+    assert typist.leaves() == 0
+
+
+def test_an_answer_that_is_broken_off_leaves_the_talk_as_it_was(server: ForkServer, folder: Path) -> None:
+    typist = Typist(server, folder / "model", broken=BROKEN_OFF)
+    typist.type(b"Where is Oslo?\r")
+    typist.until("the message is taken back")
+    typist.type(b"/undo\r")
+    typist.until("nothing has been said yet")
+    typist.type(CTRL_D)
     assert typist.leaves() == 0
 
 

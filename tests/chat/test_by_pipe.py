@@ -1,11 +1,15 @@
 """`chatlora chat` by a pipe: evaluate.py's text for the same history, and answers alone on standard output."""
 
+import io
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from chatlora.commands import dispatch
 from tests.chats import QUESTIONS, SYSTEM, Chatted, chat, predictions
 from tests.fork_server import ForkServer
 
@@ -106,6 +110,15 @@ def test_the_first_line_that_cannot_be_answered_ends_it(chats: Chats) -> None:
     assert (done.status, len(done.answers)) == (2, 1)
     assert "The chat cannot go on:\n  line 3: no JSON" in done.told
     assert "Traceback" not in done.told
+
+
+def test_a_reader_who_leaves_ends_it(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as nowhere:
+        monkeypatch.setattr(sys, "stdout", nowhere)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\n/foo\n")))
+        dispatch(["chat", str(made / "model"), "--max_new_tokens", "2"])
 
 
 def test_a_talk_is_a_row_that_evaluate_answers_as_the_chat_did(

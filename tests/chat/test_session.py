@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import signal
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -11,12 +13,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from chatlora.chat.answers import Answer, Answering, open_chat
 from chatlora.chat.asked import Sampling, help_text, parse
 from chatlora.chat.lines import Line, piped
-from chatlora.chat.screens import PipedJson, thought_and_answer
-from chatlora.chat.session import COMMANDS, Session
+from chatlora.chat.screens import Piped, PipedJson, Terminal, thought_and_answer
+from chatlora.chat.session import COMMANDS, Session, interruptible
 from chatlora.chat.talk import Talk, fitted, save
 from chatlora.config import Source
 from chatlora.distributed.runtime import start
@@ -289,6 +292,49 @@ def test_a_thought_that_the_prompt_begins_is_one() -> None:
     message = Answer("model", "so\n</think>\n\nIn Norway.", "stop", opening="<think>\n").message
     assert message == reply("<think>\nso\n</think>\n\nIn Norway.")
     assert (message.reasoning, message.content) == ("so", "In Norway.")
+
+
+def shown(text: str, *, by: str = "model", width: int = 100) -> str:
+    """What a terminal gets of an answer that comes a letter at a time, with its colours."""
+    screen, out = Terminal(), io.StringIO()
+    screen.console = Console(file=out, force_terminal=True, color_system="standard", width=width, highlight=False)
+    with screen.asking([by]):
+        for end in range(len(text)):
+            screen.show(by, text[:end])
+        screen.end(Answer(by, text, "stop"))
+    return out.getvalue()
+
+
+def unstyled(raw: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", raw)
+
+
+def test_a_thought_is_dim_and_stands_apart() -> None:
+    raw = shown("<think>\nab\n</think>\n\nde <b> [x]")
+    assert unstyled(raw) == "ab\n\nde <b> [x]\n"
+    assert re.findall(r"\x1b\[2m(.*?)\x1b\[0m", raw) == ["a", "b"]
+    assert unstyled(shown("<think>\nnever ends </th")) == "never ends </th\n"
+    assert unstyled(shown("<thin")) == "<thin\n"
+
+
+def test_what_a_terminal_would_obey_is_spelled() -> None:
+    assert unstyled(shown("a\x1b]0;title\x07b")) == "a\\x1b]0;title\\x07b\n"
+
+
+def test_in_a_pipe_a_thought_is_no_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    Piped().end(Answer("adapter", "<think>\nab\n</think>\n\nde\x1b", "stop"))
+    assert capsys.readouterr() == ("de\x1b\n", "adapter thought: ab\n")
+
+
+def test_only_a_second_ctrl_c_breaks_an_answer_off() -> None:
+    with interruptible(True) as is_enough:
+        assert not is_enough()
+        signal.raise_signal(signal.SIGINT)
+        assert is_enough()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with interruptible(False), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 # ---- the command line, and lines

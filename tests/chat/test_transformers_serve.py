@@ -12,9 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers.cli.serving.model_manager import ModelManager
 from transformers.utils.import_utils import is_serve_available
 
+from chatlora.model.loading import load_adapter
+from chatlora.model.servers import not_taken_in
 from tests.chats import LETTER, QUESTIONS, SYSTEM, predictions
+from tests.merges import loaded, write_adapter, write_base
+from tests.model_families import FAMILIES
 from tests.runs import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,3 +106,35 @@ def test_a_server_that_is_not_told_the_templates_arguments_says_something_else(s
     told = {"chat_template_kwargs": {"enable_thinking": True}}
     said = [server_at.says(served / "served", question, **told) for question in QUESTIONS[:6]]
     assert said != wanted_of(served, "test")
+
+
+def loaded_by_it(folder: Path) -> Any:
+    """By the server's own loader, from links as documented to BASE and RUN in this folder."""
+    subprocess.run("\n".join(documented()[1:-1]), shell=True, cwd=folder, check=True)
+    return ModelManager(device="cpu", dtype="float32")._load_model(f"{folder}/served@main").eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=torch.arange(1, 25)[None], use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=() if family == "Qwen3-MoE" else pytest.mark.slow) for family in FAMILIES]
+)
+def test_its_loader_makes_of_links_what_was_trained(tmp_path: Path, family: str) -> None:
+    base = write_base(tmp_path / "BASE", family, torch.float32)
+    adapter = write_adapter(tmp_path / "RUN/adapter", base)
+    theirs, ours = loaded_by_it(tmp_path), load_adapter(loaded(base), adapter)
+    assert torch.equal(logits(theirs), logits(ours))
+    theirs.disable_adapters()
+    assert not torch.equal(logits(theirs), logits(ours))
+
+
+def test_its_loader_loses_the_magnitudes_of_dora_as_exports_say(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "BASE", "Llama", torch.float32)
+    adapter = write_adapter(tmp_path / "RUN/adapter", base, "dora")
+    ours = load_adapter(loaded(base), adapter)
+    assert not torch.allclose(logits(loaded_by_it(tmp_path)), logits(ours), atol=1e-2)
+    assert "transformers" in not_taken_in(ours.get_base_model(), adapter)

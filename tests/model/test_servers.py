@@ -171,7 +171,10 @@ def test_dora_is_right_in_peft_and_the_export_says_who_refuses_it(family: str, t
     found = errors(family, adapter_in(tmp_path), logits(model))
     assert found.pop("PEFT") == pytest.approx(0, abs=1e-5)
     assert {*found.values()} == {"DoRA"}
-    assert told(model, tmp_path) == refused(found) == {"vLLM", "SGLang", "llama.cpp"}
+    assert refused(found) == {"vLLM", "SGLang", "llama.cpp"}
+    assert told(model, tmp_path) == refused(found) | {
+        "transformers"
+    }  # by itself: tests/chat/test_transformers_serve.py
     assert apart(logits(put_on(build_base(family), tmp_path).eval()), logits(model)) < 1e-5
 
 

@@ -211,7 +211,7 @@ def test_vllm_is_told_a_rank_that_it_takes(rank: int, flag: str | None) -> None:
     ("family", "variant", "line", "said"),
     [
         ("Llama", None, "vllm serve BASE --enable-lora --max-lora-rank 8 --lora-modules", []),
-        ("Llama", "dora", "# vLLM takes no DoRA adapter", ["vLLM", "SGLang", "llama.cpp"]),
+        ("Llama", "dora", "# vLLM takes no DoRA adapter", ["vLLM", "SGLang", "llama.cpp", "transformers"]),
         ("Granite-4 hybrid", None, f"--max-lora-rank 8 {MIXED_FLAG} --lora-modules", ["SGLang", "llama.cpp", "vLLM"]),
         ("Qwen3-MoE", None, "vllm serve BASE --enable-lora --max-lora-rank 8 --lora-modules", []),
     ],
