@@ -13,6 +13,7 @@ from tests.chats import QUESTIONS, make_chat_world, predictions
 from tests.fork_server import At, ForkServer
 
 GREETING = "/help lists the commands"
+IS_READ = "\x1b[?2004h"  # readline: from here on a paste is one piece
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 BROKEN_OFF = """
 from chatlora.chat.screens import Terminal
@@ -41,7 +42,9 @@ class Typist:
         self.until(GREETING)
         os.close(slave)
 
-    def type(self, raw: bytes) -> None:
+    def type(self, raw: bytes, prompt: str = "> ") -> None:
+        """Once it is asked for: Ctrl-D before that is lost, as the terminal itself would still read it."""
+        self.until(f"{IS_READ}{prompt}")
         os.write(self.terminal, raw)
 
     def until(self, text: str) -> str:
@@ -65,8 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_several_lines_are_one_message_and_ctrl_d_leaves(server: ForkServer, folder: Path) -> None:
     typist = Typist(server, folder / "model")
     typist.type(b"one\\\r")
-    typist.until("... ")
-    typist.type(b"two\r")
+    typist.type(b"two\r", prompt="... ")
     typist.until("cut off at 20 tokens")
     typist.type(b"\x1b[200~three\nfour\x1b[201~\r")  # pasted
     typist.until("cut off at 20 tokens")
