@@ -38,7 +38,7 @@ def folder(server: ForkServer, world: Path, tmp_path_factory: pytest.TempPathFac
     AutoTokenizer.from_pretrained(world / "model").save_pretrained(folder / "base")
     (folder / "base/README.md").write_text("# the base's card")
     (folder / "base/LICENSE").write_text("the base's licence")
-    assert server.run(argv("merged"), folder, script="tests.merge_script") == [0]
+    assert server.run(argv("merged"), folder, script="chatlora.commands.merge:run") == [0]
     return folder
 
 
@@ -60,11 +60,11 @@ def assert_whole(folder: Path, target: str) -> None:
 def test_killed_and_the_same_command_again(server: ForkServer, folder: Path, place: str, call: int) -> None:
     target = f"killed-in-{place}"
     at = At("SIGKILL", f"chatlora.merging.merge:{place}", call)
-    assert server.run(argv(target), folder, script="tests.merge_script", at=at) == [-signal.SIGKILL]
+    assert server.run(argv(target), folder, script="chatlora.commands.merge:run", at=at) == [-signal.SIGKILL]
     assert not (folder / target).exists(), "it has no name before it is whole"
     begun = {path.name: path.stat().st_ino for path in (folder / f".{target}.merging").glob("*.safetensors")}
     assert len(begun) == (1 if place == WRITE else len(weights(folder / "base")))
-    assert server.run(argv(target), folder, script="tests.merge_script") == [0]
+    assert server.run(argv(target), folder, script="chatlora.commands.merge:run") == [0]
     assert_whole(folder, target)
     kept = {name for name, inode in begun.items() if (folder / target / name).stat().st_ino == inode}
     assert kept == set(begun), "what was finished is not written again"
@@ -74,22 +74,22 @@ def test_killed_and_the_same_command_again(server: ForkServer, folder: Path, pla
 @pytest.mark.parametrize("draw", range(20))
 def test_killed_at_any_instant(server: ForkServer, folder: Path, draw: int) -> None:
     target, began = f"killed-{draw}", time.monotonic()
-    assert server.run(argv(f"timed-{draw}"), folder, script="tests.merge_script") == [0]
+    assert server.run(argv(f"timed-{draw}"), folder, script="chatlora.commands.merge:run") == [0]
     whole = time.monotonic() - began
-    (pid,) = server.start(argv(target), folder, script="tests.merge_script")
+    (pid,) = server.start(argv(target), folder, script="chatlora.commands.merge:run")
     time.sleep(random.Random(draw).random() * whole)
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     finished = server.wait([pid]) == [0]
     assert finished or not (folder / target).exists() or (folder / target / "merge.json").is_file()
     if not (folder / target).exists():
-        assert server.run(argv(target), folder, script="tests.merge_script") == [0]
+        assert server.run(argv(target), folder, script="chatlora.commands.merge:run") == [0]
     assert_whole(folder, target)
 
 
 def test_an_adapter_that_was_trained_on_meanwhile_is_not_mixed_in(server: ForkServer, folder: Path) -> None:
     at = At("SIGKILL", f"chatlora.merging.merge:{WRITE}", 2)
-    assert server.run(argv("mixed"), folder, script="tests.merge_script", at=at) == [-signal.SIGKILL]
+    assert server.run(argv("mixed"), folder, script="chatlora.commands.merge:run", at=at) == [-signal.SIGKILL]
     words = ["run/adapter-other", "mixed", "--base", "base"]
     other = folder / "run/adapter-other"
     other.mkdir()
@@ -97,7 +97,7 @@ def test_an_adapter_that_was_trained_on_meanwhile_is_not_mixed_in(server: ForkSe
         (other / path.name).write_bytes(path.read_bytes())
     settings = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 1}))
-    assert server.run(words, folder, script="tests.merge_script") == [2]
+    assert server.run(words, folder, script="chatlora.commands.merge:run") == [2]
     assert "holds a merge of other files" in server.log.read_text()
     assert not (folder / "mixed").exists()
 
