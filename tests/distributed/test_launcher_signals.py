@@ -151,7 +151,7 @@ def test_the_slurm_scripts_of_the_docs_queue_again_what_was_stopped(
 
 RENDERING = """
 import itertools
-import sys
+from multiprocessing import active_children
 from pathlib import Path
 
 from chatlora.reading.conversation import Conversation, Message
@@ -170,8 +170,9 @@ def main(argv):
 def render():
     row = Conversation((Message("user", "Where is Oslo?"), Message("assistant", "In Norway.")), place="rows.jsonl:1")
     work = Work(Renderer(tiny_tokenizer()), 200, "fit", "all")
-    for _ in outcomes(((0, row) for _ in itertools.count()), work, 2, Effort(), print):
-        Path("begun").touch()
+    for _ in outcomes(((0, row) for _ in itertools.count()), work, 10**9, Effort(), print):
+        if len(active_children()) > 1:  # what comes now is theirs
+            Path("begun").touch()
 
 
 if __name__ == "__main__":

@@ -147,6 +147,7 @@ def test_no_real_row_is_set_aside_for_what_its_prompt_shows(shared: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_no_real_row_is_set_aside_under_any_template(shared: Path) -> None:
     assert false_alarms([name for name in TEMPLATES if name == original(name)], real_rows(shared, 100)) == []
 
@@ -299,6 +300,7 @@ def test_drawn_conversations_are_refused_exactly_where_a_message_is_not_shown() 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_many_drawn_conversations_under_every_template_are_too() -> None:
     names = [name for name in TEMPLATES if name == original(name)]
     check_draws([*names, *EMBEDDED_TEMPLATES, *SOME_COMPLETED], range(300))
