@@ -75,15 +75,21 @@ def refusal(renderer: Renderer, conversation: Conversation) -> str:
 
 
 def shown(renderer: Renderer, conversation: Conversation) -> Iterator[bool]:
-    """Whether transformers' prompt for the last message changes with the text of each one that leads to it."""
-    last = len(conversation.messages) - 1
-    prompt = rendered_text(renderer, conversation, last, prompt=True)
-    for index, message in enumerate(conversation.messages[:last]):
+    """Whether transformers' prompt for each reply that is learned changes with the text of each message before it."""
+    replies = [index for index, message in enumerate(conversation.messages) if message.role == "assistant"]
+    for reply in replies[conversation.messages[0].role == "assistant" :]:
+        if conversation.messages[reply].loss is not False:
+            yield from shown_to(renderer, conversation, reply)
+
+
+def shown_to(renderer: Renderer, conversation: Conversation, reply: int) -> Iterator[bool]:
+    prompt = rendered_text(renderer, conversation, reply, prompt=True)
+    for index, message in enumerate(conversation.messages[:reply]):
         if not message.content.strip() and (message.role == "system" or message.tool_calls):  # nothing is said
             continue
         others = [*conversation.messages]
         others[index] = replace(message, content="zebra")
-        yield rendered_text(renderer, replace(conversation, messages=tuple(others)), last, prompt=True) != prompt
+        yield rendered_text(renderer, replace(conversation, messages=tuple(others)), reply, prompt=True) != prompt
 
 
 # ---- trl's templates
