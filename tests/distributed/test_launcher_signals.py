@@ -190,13 +190,16 @@ def test_processes_that_render_end_with_their_parent(tmp_path: Path, name: str) 
         process = subprocess.Popen(
             command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
         )
-    wait_until(lambda: (tmp_path / "begun").exists() or process.poll() is not None)
-    assert process.poll() is None, (tmp_path / "log").read_text()
-    workers = children_of(process.pid)
-    assert len(workers) >= 2
-    if name == "SIGKILL":
-        process.kill()
-    else:
-        os.killpg(process.pid, getattr(signal, name))
-    assert process.wait() == (-signal.SIGKILL if name == "SIGKILL" else 75), (tmp_path / "log").read_text()
+    try:
+        wait_until(lambda: (tmp_path / "begun").exists() or process.poll() is not None)
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        workers = children_of(process.pid)
+        assert len(workers) >= 2
+        if name == "SIGKILL":
+            process.kill()
+        else:
+            os.killpg(process.pid, getattr(signal, name))
+        assert process.wait() == (-signal.SIGKILL if name == "SIGKILL" else 75), (tmp_path / "log").read_text()
+    finally:
+        process.kill()  # it renders without an end
     wait_until(lambda: not any(is_alive(pid) for pid in workers))
