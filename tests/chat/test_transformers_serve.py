@@ -89,17 +89,20 @@ def server_at(served: Path) -> Iterator[Server]:
         server.process.wait()
 
 
-def wanted_of(served: Path, name: str) -> list[str]:
+def wanted_of(served: Path, name: str, prompts: int = 6) -> list[str]:
     """What evaluate.py says. A stop token that is an ordinary letter stays in what the server says."""
-    lines = predictions(served / "run/eval" / name)[:6]
+    lines = predictions(served / "run/eval" / name)[:prompts]
     ends = [line["stop_reason"] == "stop" and line["prediction_raw"].endswith(LETTER) for line in lines]
     return [line["prediction"] + LETTER * end for line, end in zip(lines, ends, strict=True)]
 
 
-def test_a_client_gets_the_greedy_text_of_evaluate(served: Path, server_at: Server) -> None:
+@pytest.mark.parametrize("prompts", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_client_gets_the_greedy_text_of_evaluate(served: Path, server_at: Server, prompts: int) -> None:
+    assert len(QUESTIONS) >= prompts
     assert wanted_of(served, "test") != wanted_of(served, "test-base")
     for folder, name in (("served", "test"), ("merged", "test"), ("model", "test-base")):
-        assert [server_at.says(served / folder, question) for question in QUESTIONS[:6]] == wanted_of(served, name)
+        said = [server_at.says(served / folder, question) for question in QUESTIONS[:prompts]]
+        assert said == wanted_of(served, name, prompts)
 
 
 def test_a_server_that_is_not_told_the_templates_arguments_says_something_else(served: Path, server_at: Server) -> None:
