@@ -1,6 +1,5 @@
 """The command line of `chatlora chat` -> what to load and how it answers, or every mistake in it at once. No torch."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from chatlora.config import Config, with_absolute_paths
 from chatlora.config_files import Words, read_config, split_words
 from chatlora.errors import ConfigError
 from chatlora.evaluation.command_line import config_of_run, run_of_adapter
+from chatlora.model.folder import base_of
 from chatlora.settings import known_settings, settings_text
 from chatlora.training.named_files import named_adapter, named_by_model, refuse_missing
 
@@ -122,20 +122,21 @@ def _named(words: Words) -> tuple[Config, Path | None, bool]:
         adapter = adapter or folder / "adapter"
         return config_of_run(folder, adapter, flags, problems), adapter, True
     if is_adapter:
-        return read_config(None, {"model.name_or_path": _base_of(folder)} | flags, problems), folder, False
+        if "model.name_or_path" not in flags:
+            flags["model.name_or_path"] = _base_of(folder)
+        return read_config(None, flags, problems), folder, False
     if "model.name_or_path" in flags:
         problems.append(f"{folder} and --model.name_or_path {flags['model.name_or_path']} are both models: name one")
     return read_config(None, flags | {"model.name_or_path": names[0]}, problems), adapter, False
 
 
 def _base_of(adapter: Path) -> str:
-    try:
-        settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        return str(settings["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError):
+    name = base_of(adapter)
+    if name is None:
         raise ConfigError(
             f"{adapter}/adapter_config.json does not name a base model; name it with --model.name_or_path"
-        ) from None
+        )
+    return name
 
 
 def _number(

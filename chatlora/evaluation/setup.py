@@ -32,7 +32,7 @@ from chatlora.evaluation.generation import (
 )
 from chatlora.evaluation.scoring import inputs_of_request, score_into, told_in
 from chatlora.evaluation.sharding import collect, mark_complete, open_parts, remove_parts, shard_batches
-from chatlora.model.adapter_folder import as_adapter_was_trained, with_template_settings
+from chatlora.model.adapter_folder import SETTINGS, as_adapter_was_trained, with_template_settings
 from chatlora.model.folder import find_adapter
 from chatlora.model.loading import load_adapter, load_base_model, load_tokenizer, renderer_for
 from chatlora.progress import Progress, print_line
@@ -107,7 +107,7 @@ def rendered(request: Request) -> Rendered:
     if not request.of_run:  # a run's config says it all
         request = replace(request, config=as_trained(request.config, adapter))
     tokenizer = load_tokenizer(request.config.model, adapter)
-    renderer = _renderer(request, tokenizer)
+    renderer = _renderer(request, adapter, tokenizer)
     return Rendered(request, adapter, tokenizer, renderer, *_samples(request, renderer))
 
 
@@ -180,10 +180,11 @@ def _note_limit(model: Model, needed: int, say: Callable[[str], None]) -> None:
         )
 
 
-def _renderer(request: Request, tokenizer: PreTrainedTokenizerBase) -> Renderer:
-    # A run's config says what its template was told, whatever the test rows carry.
+def _renderer(request: Request, adapter: Path | None, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+    # A run's config, or the file that training left, says what the template was told, whatever the test rows carry.
+    is_told = request.of_run or (Path(adapter or request.config.model.name_or_path) / SETTINGS).is_file()
     inputs, cache = inputs_of(request.sources, request.split), cache_root() / "data"
-    any_reasoning = request.of_run or scan(inputs, cache, request.config.data.on_bad_row).any_reasoning
+    any_reasoning = is_told or scan(inputs, cache, request.config.data.on_bad_row).any_reasoning
     return renderer_for(tokenizer, request.config.model, request.config.data, any_reasoning=any_reasoning)
 
 

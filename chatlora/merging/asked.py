@@ -1,6 +1,5 @@
 """What `chatlora merge` was asked for: the adapter, its base, and the rows on which the result is checked."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from chatlora.config import ModelConfig
 from chatlora.config_files import config_from_file
 from chatlora.errors import ModelError
-from chatlora.evaluation.command_line import Request, parse
+from chatlora.evaluation.command_line import Request, parse, run_of_adapter
 from chatlora.evaluation.setup import rendered
 from chatlora.hub import why_unreachable
 from chatlora.merging.probes import Probe, built_in_probes, probes_of_samples
 from chatlora.model.adapter_folder import as_adapter_was_trained
-from chatlora.model.folder import fault_in_folder, find_adapter, locate, refuse_no_model
+from chatlora.model.folder import base_of, fault_in_folder, find_adapter, locate, refuse_no_model
 from chatlora.model.loading import load_tokenizer
 
 FETCHED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -49,31 +48,36 @@ class Asked:
 def asked_for(given: Path, base: str | None, data: str | None, precision: torch.dtype) -> Asked:
     """given: a run directory or an adapter's folder. base: where the base is now, if not where it was in training."""
     adapter = find_adapter(given)
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    name = base or settings["base_model_name_or_path"]
-    revision = settings.get("revision") if base is None else None
-    model = as_adapter_was_trained(ModelConfig(name_or_path=name, revision=revision), adapter)
-    refuse_no_model(model)
-    request = _rows(given, adapter, name, data)
+    name = base or base_of(adapter)
+    if name is None:
+        raise ModelError(f"{adapter}/adapter_config.json does not name a base model; name it with --base")
+    model = as_adapter_was_trained(ModelConfig(name_or_path=name), adapter)
+    try:
+        refuse_no_model(model)
+    except ModelError as error:
+        raise ModelError(*error.problems, "--base M names the base model where it is now") from None
+    request = _rows(adapter, name, data)
     return Asked(model, folder_of(model), adapter, load_tokenizer(model, adapter), request, precision)
 
 
-def _rows(given: Path, adapter: Path, base: str, data: str | None) -> Request | None:
-    """The rows named, else the run's validation rows, else its test rows, else none."""
+def _rows(adapter: Path, base: str, data: str | None) -> Request | None:
+    """The rows named, else the validation rows of the run that the adapter lies in, else its test rows, else none."""
     nowhere = ["--output_dir", str(adapter / "no-results")]  # of what is evaluated; nothing is
-    is_run = (given / "config.yaml").is_file()
+    run = run_of_adapter(adapter)
+    of_run = [str(adapter), "--model.name_or_path", base, *nowhere]
     if data is not None:
-        return parse(["--model", base, "--adapter", str(adapter), "--data", data, *nowhere])
-    if not is_run:
+        alone = ["--model", base, "--adapter", str(adapter), *nowhere]
+        return parse([*(alone if run is None else of_run), "--data", data])
+    if run is None:
         return None
-    held_out = config_from_file(given / "config.yaml").data
+    held_out = config_from_file(run / "config.yaml").data
     splits: Sequence[tuple[str, bool]] = (
         ("validation", bool(held_out.validation_sets or "validation" in held_out.shares)),
         ("test", bool(held_out.test)),
     )
     for split, has_rows in splits:
         if has_rows:
-            return parse([str(given), "--split", split, "--model.name_or_path", base, *nowhere])
+            return parse([*of_run, "--split", split])
     return None
 
 

@@ -55,7 +55,7 @@ def pass_gate(
     computing.
     """
     refuse_other_tokenizer(trained.tokenizer, merged)
-    stop_ids = sorted({*generation_stop_ids(ModelConfig(name_or_path=str(merged))), *_eos(trained.tokenizer)})
+    stop_ids = sorted({*stops_of_training(trained, merged), *_eos(trained.tokenizer)})
 
     def asked(model: Any) -> Answers:
         return answers_of(model, probes, trained.tokenizer, stop_ids)
@@ -94,6 +94,20 @@ def refuse_other_tokenizer(trained: PreTrainedTokenizerBase, merged: Path) -> No
         raise MergeError(f"{merged}: its chat template is not the one of training")
     if found.get_vocab() != trained.get_vocab():
         raise MergeError(f"{merged}: its tokenizer is not the one of training")
+
+
+def stops_of_training(trained: Trained, merged: Path) -> tuple[int, ...]:
+    """What generation_config.json names beside the adapter, else beside its base.
+
+    Raises MergeError where the merged folder's names others.
+    """
+    beside = ModelConfig(name_or_path=str(trained.adapter))
+    has_own = (trained.adapter / "generation_config.json").is_file()
+    wanted = generation_stop_ids(beside if has_own else trained.base)
+    found = generation_stop_ids(ModelConfig(name_or_path=str(merged)))
+    if set(found) != set(wanted):
+        raise MergeError(f"{merged}: its stop tokens are {list(found)}, and those of training {list(wanted)}")
+    return wanted
 
 
 def merge_in_memory(model: PeftModel, stored: torch.dtype) -> None:

@@ -48,7 +48,7 @@ class Files:
 
 def merge(asked: Asked, target: Path, say: Say) -> Verdict:
     """Raises ModelError where adapter or base cannot be merged or the disk is too small, MergeError at the gate."""
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise ModelError(f"{target}: is there already; give a new folder, or remove it")
     config, served = served_by(asked.folder)
     files = files_of_base(asked.folder)
@@ -125,7 +125,7 @@ def written(plan: Plan, files: Files, adapter: Path, say: Say) -> dict[str, Any]
         shards={file: file.name for file in files.shards},
         receipt=RECEIPT,
         identity={
-            "base": str(files.folder.resolve()),
+            "base": files.folder.resolve().name,  # no path: a merged model may be published
             "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files.shards},
             "adapter": {name: sha256_of(adapter / name) for name in ADAPTER_FILES},
         },

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from chatlora.disk import sync
 
-# Weights are written anew, a trainer's state and code are no part of a model, and no card is true of the result.
+# Weights are written anew, a trainer's state and code are no part of a model, and no card or receipt is true of the
+# result.
 STAY = ("*.safetensors*", "*.bin", "*.index.json", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.py")
-CARDS = ("README*.md",)
+CARDS = ("README*.md", "merge.json", "conversion.json", "embedded.json")
 OF_THE_ADAPTER_ALONE = ("adapter_config.json", "README.md")
 # Templates that would be taken before or beside the one of training.
 TEMPLATES = ("chat_template.jinja", "chat_template.json")

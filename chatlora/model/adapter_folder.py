@@ -24,6 +24,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
@@ -36,6 +37,7 @@ from chatlora.model.scales import folded, one_scale
 WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 SETTINGS = "chatlora.json"  # what the template was told: without it the same template writes other prompts
+TOLD = ("chat_template_kwargs", "chat_template_date")  # all that stands there: a file of others names no other files
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -52,8 +54,14 @@ def names_from_checkpoint(base: PreTrainedModel) -> dict[str, str]:
 
 
 def read_adapter(base: PreTrainedModel, folder: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
-    """An adapter's settings and tensors for PEFT, under the names in `base`, with experts stacked as they are there."""
-    tensors = load_peft_weights(str(folder), device="cpu", key_mapping=names_from_checkpoint(base) or None)
+    """An adapter's settings and tensors for PEFT, under the names in `base`, with experts stacked as they are there.
+
+    Raises ModelError where the file of tensors is cut off or none.
+    """
+    try:
+        tensors = load_peft_weights(str(folder), device="cpu", key_mapping=names_from_checkpoint(base) or None)
+    except SafetensorError as error:
+        raise ModelError(f"{folder / WEIGHTS} cannot be read ({error}): copy the adapter's folder again") from None
     settings = PeftConfig.from_pretrained(str(folder))
     settings.inference_mode = True
     return stacked(settings, tensors, expert_names(base)) if isinstance(settings, LoraConfig) else (settings, tensors)
@@ -124,8 +132,12 @@ def with_template_settings(model: ModelConfig, folder: Path) -> ModelConfig:
     if not path.is_file():
         return model
     try:
-        return ModelConfig.model_validate(model.model_dump() | json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, ValidationError) as error:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        strange = sorted(told.keys() - {*TOLD})
+        if strange:
+            raise ValueError(f"{strange[0]} is none of {', '.join(TOLD)}")
+        return ModelConfig.model_validate(model.model_dump() | told)
+    except (ValueError, TypeError, AttributeError, ValidationError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{path} cannot be used: {reason}; bring it back, or remove it") from None
 

@@ -90,6 +90,12 @@ def find_adapter(folder: Path) -> Path:
     raise ModelError(f"{folder} holds no adapter: a finished run has adapter/adapter_config.json in it")
 
 
+def base_of(adapter: Path) -> str | None:
+    """The base model that an adapter's settings name; None where they name none, as other makers may leave it."""
+    name = _adapter_settings(adapter).get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
 def _adapter_settings(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     fault, settings = _fault_in_json(path), None

@@ -45,8 +45,11 @@ class Rewriting:
 
 @contextmanager
 def alone_in(folder: Path, doing: str) -> Iterator[None]:
-    """Within, no other process writes into `folder`. Raises ModelError where one does."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Within, no other process writes into `folder`. Raises ModelError where one does, or none can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(f"{folder.parent} cannot be written ({error.strerror}); give another folder") from None
     try:
         with FileLock(folder / ".lock").acquire(timeout=0):
             yield

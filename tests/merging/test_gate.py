@@ -143,6 +143,31 @@ def test_another_tokenizer_is_refused(trained: Path, tmp_path: Path, monkeypatch
         merged(trained, tmp_path / "merged")
 
 
+def without_stop_tokens(target: Path) -> None:
+    (target / "generation_config.json").write_text("{}")
+
+
+def without_its_file(target: Path) -> None:
+    (target / "generation_config.json").unlink()
+
+
+@pytest.mark.parametrize("lose", [without_stop_tokens, without_its_file])
+def test_lost_stop_tokens_are_refused(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lose: Callable[[Path], None]
+) -> None:
+    copy = travelling.copy_all
+
+    def losing(files: Mapping[str, Path], target: Path) -> None:
+        copy(files, target)
+        lose(target)
+
+    shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter/generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    monkeypatch.setattr(merge, "copy_all", losing)
+    with pytest.raises(MergeError, match=r"its stop tokens are \[\], and those of training \[7, 9\]"):
+        merged(tmp_path, tmp_path / "merged")
+
+
 def test_the_command_ends_with_1_and_says_the_figures(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,6 +215,41 @@ def test_what_is_not_finite_is_refused() -> None:
 
 
 # ---- what cannot be merged
+
+
+@pytest.mark.parametrize("named", [{"base_model_name_or_path": None}, {"base_model_name_or_path": ""}, {}])
+def test_an_adapter_that_names_no_base_is_told(trained: Path, tmp_path: Path, named: dict[str, Any]) -> None:
+    shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_config.json"
+    settings = json.loads(path.read_text())
+    del settings["base_model_name_or_path"]
+    path.write_text(json.dumps(settings | named))
+    with pytest.raises(ModelError, match="does not name a base model; name it with --base"):
+        asked_for(tmp_path / "adapter", None, None, FP32)
+    assert asked_for(tmp_path / "adapter", str(trained / "base"), None, FP32).folder == trained / "base"
+
+
+def test_a_base_that_is_gone_is_told_with_the_flag(trained: Path) -> None:
+    with pytest.raises(ModelError, match=r"the folder /no/base does not exist\n  --base M names"):
+        asked_for(trained / "adapter", "/no/base", None, FP32)
+
+
+def test_an_adapter_that_is_cut_off_is_told(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors cannot be read .*: copy the adapter's folder"):
+        merged(tmp_path, tmp_path / "merged")
+
+
+def test_a_place_that_cannot_be_written_is_told_at_once(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match=r"file cannot be written .*; give another folder"):
+        merged(trained, tmp_path / "file/merged")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="link: is there already"):
+        merged(trained, tmp_path / "link")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
 
 
 def test_a_folder_that_is_there_is_left_alone(trained: Path, tmp_path: Path) -> None:

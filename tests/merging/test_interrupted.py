@@ -19,11 +19,12 @@ from chatlora.config import ModelConfig
 from chatlora.errors import ModelError
 from chatlora.evaluation.command_line import parse
 from chatlora.evaluation.setup import rendered
-from chatlora.merging.asked import folder_of
+from chatlora.merging.asked import asked_for, folder_of
 from chatlora.model.loading import load_for_inference
 from tests.fork_server import At, ForkServer
 from tests.merges import SHARD
 from tests.runs import FLAGS
+from tests.tiny_tokenizers import QWEN3
 
 WRITE, GATE, NAME = "write_merged", "pass_gate", "settle"
 
@@ -157,6 +158,46 @@ def test_a_merged_model_is_evaluated_as_it_was_trained(folder: Path, world: Path
     assert rendered(parse(words)).renderer.chat_template_kwargs == {"tone": "dry"}
     words += ["--model.chat_template_kwargs", '{"tone": "warm"}']
     assert rendered(parse(words)).renderer.chat_template_kwargs == {"tone": "warm"}
+
+
+@pytest.mark.parametrize("word", ["run", "run/adapter", "run/adapter-best"])
+def test_an_adapter_in_a_run_is_checked_on_the_run_s_rows(folder: Path, word: str) -> None:
+    request = asked_for(folder / word, str(folder / "base"), None, torch.float32).request
+    assert request is not None
+    assert (request.run_dir, request.split) == (folder / "run", "validation")
+
+
+def test_other_rows_are_read_under_the_settings_of_the_run(folder: Path, world: Path) -> None:
+    request = asked_for(folder / "run", str(folder / "base"), str(world / "rows.jsonl"), torch.float32).request
+    assert request is not None
+    assert request.config.data.max_length == 256, "as the run's config says"
+
+
+def test_what_training_told_the_template_holds_for_rows_without_thoughts(
+    folder: Path, world: Path, tmp_path: Path
+) -> None:
+    """A run with thoughts tells its template nothing; rows without any would switch them off in another model."""
+    shutil.copytree(folder / "merged", tmp_path / "merged")
+    (tmp_path / "merged/chat_template.jinja").write_text(QWEN3)
+    words = ["--model", str(tmp_path / "merged"), "--data", str(world / "rows.jsonl")]
+    (tmp_path / "merged/chatlora.json").write_text('{"chat_template_kwargs": {}}')
+    assert rendered(parse(words)).renderer.chat_template_kwargs == {}
+    (tmp_path / "merged/chatlora.json").unlink()
+    assert rendered(parse(words)).renderer.chat_template_kwargs == {"enable_thinking": False}
+
+
+def test_a_merged_model_is_a_base_like_any_other(server: ForkServer, folder: Path) -> None:
+    """Its receipt does not take the place of the new one: a kill in the gate is gone on from."""
+    words = ["run", "twice", "--base", "merged"]
+    at = At("SIGKILL", f"chatlora.merging.merge:{GATE}", 1)
+    assert server.run(words, folder, script="tests.merge_script", at=at) == [-signal.SIGKILL]
+    assert server.run(words, folder, script="tests.merge_script") == [0]
+    assert json.loads((folder / "twice/merge.json").read_text())["source"]["base"] == "merged"
+
+
+def test_no_file_of_a_merged_model_has_a_path_of_this_machine(folder: Path) -> None:
+    for path in (folder / "merged").iterdir():
+        assert str(folder).encode() not in path.read_bytes(), path.name
 
 
 def test_it_is_checked_on_the_run_s_validation_rows(server: ForkServer, folder: Path) -> None:

@@ -33,6 +33,9 @@ def test_settings_come_back_as_they_were_saved(tmp_path: Path) -> None:
     (tmp_path / SETTINGS).write_text('{"chat_template_date": "soon"}')
     with pytest.raises(ModelError, match=r"chatlora\.json cannot be used.*chat_template_date"):
         as_adapter_was_trained(other, tmp_path)
+    (tmp_path / SETTINGS).write_text('{"chat_template_kwargs": {}, "name_or_path": "owner/third"}')
+    with pytest.raises(ModelError, match=r"cannot be used: name_or_path is none of chat_template_kwargs, "):
+        as_adapter_was_trained(other, tmp_path)
 
 
 def test_the_rows_settings_reach_the_renderer(tmp_path: Path) -> None:
