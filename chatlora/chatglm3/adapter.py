@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 from chatlora.chatglm3.naming import FUSED, MODULES
 from chatlora.disk import write_json, written_beside
 from chatlora.errors import ModelError
+from chatlora.model.folder import CHANGE_THE_BASE
 from chatlora.weights.shards import Shard, Stored, open_shard, write_safetensors
 
 KEPT = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "task_type")
 MUST_BE_EMPTY = ("fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication")
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")  # ways to begin an adapter that take a part out of the base
 OUTSIDE_LAYERS = {"output_layer": "lm_head", "embedding.word_embeddings": "model.embed_tokens"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _NAME = re.compile(

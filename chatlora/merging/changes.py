@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from chatlora.errors import ModelError
 from chatlora.model.adapter_folder import read_adapter
+from chatlora.model.folder import CHANGE_THE_BASE
 from chatlora.model.loading import refuse_other_model
 from chatlora.model.lora import without_false_alarms
 from chatlora.model.targets import WRAPPED
@@ -38,7 +39,6 @@ MORE_THAN_A_PRODUCT = {
     "kasa_config": "it has a third factor",
     "velora_config": "it compresses its inputs",
 }
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # beginnings that take a part out of the base
 
 
 @dataclass(frozen=True, slots=True)

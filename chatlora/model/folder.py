@@ -11,6 +11,7 @@ from chatlora.errors import ModelError, similar_beside
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 LFS = b"version https://git-lfs.github.com/spec/"  # how a file begins that `git clone` without LFS leaves
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that take a part out of the base
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 

@@ -21,8 +21,8 @@ from transformers.utils import logging
 from chatlora.config import DataConfig, ModelConfig
 from chatlora.errors import ModelError
 from chatlora.hub import why_unreachable
-from chatlora.model.adapter_folder import put_on, why_not_fitting
-from chatlora.model.folder import fault_in_folder, find_adapter, is_adapter, locate, refuse_no_model
+from chatlora.model.adapter_folder import as_adapter_was_trained, put_on, why_not_fitting
+from chatlora.model.folder import base_of, fault_in_folder, find_adapter, is_adapter, locate, refuse_no_model
 from chatlora.rendering.completion import embedded_template
 from chatlora.rendering.embedded import embedded_name
 from chatlora.rendering.renderer import Renderer
@@ -110,11 +110,13 @@ def load_for_inference(
     Takes a run directory or an adapter folder. Raises ModelError where there is no adapter. dtype: fp32 by default.
     """
     adapter = find_adapter(Path(run_dir_or_adapter))
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    base_model = ModelConfig(name_or_path=settings["base_model_name_or_path"], revision=settings.get("revision"))
+    name = base_of(adapter)
+    if name is None:
+        raise ModelError(f"{adapter}/adapter_config.json does not name a base model; write its folder or hub id there")
+    base_model = as_adapter_was_trained(ModelConfig(name_or_path=name), adapter)
     base = load_base_model(base_model, dtype=dtype or torch.float32)
     model = load_adapter(base, adapter)
-    tokenizer = _from_pretrained(AutoTokenizer, ModelConfig(name_or_path=str(adapter)))
+    tokenizer = load_tokenizer(base_model, adapter)
     return (model.merge_and_unload() if merge else model).eval(), tokenizer
 
 

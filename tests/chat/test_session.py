@@ -379,8 +379,8 @@ def test_a_run_an_adapter_in_it_and_an_adapter_alone(tmp_path: Path) -> None:
     assert parse([str(tmp_path / "alone"), "--model.name_or_path", "c"]).config.model.name_or_path == "c"
     with pytest.raises(ConfigError, match="is an adapter, and so is"):
         parse([str(tmp_path / "alone"), "--adapter", "x"])
-    for settings in ('{"base_model_name_or_path": null}', "{}"):  # as other makers may leave it
-        (tmp_path / "alone/adapter_config.json").write_text(settings)
+    for named in ('{"base_model_name_or_path": null}', "{}"):  # as other makers may leave it
+        (tmp_path / "alone/adapter_config.json").write_text(named)
         with pytest.raises(ConfigError, match=r"does not name a base model; name it with --model.name_or_path"):
             parse([str(tmp_path / "alone")])
         assert parse([str(tmp_path / "alone"), "--model.name_or_path", "c"]).config.model.name_or_path == "c"

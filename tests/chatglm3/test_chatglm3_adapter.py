@@ -118,6 +118,7 @@ def test_the_three_share_a_and_split_b(tmp_path: Path) -> None:
         ({"modules_to_save": ["output_layer"]}, "modules_to_save is"),
         ({"rank_pattern": {"dense": 2}}, "rank_pattern is"),
         ({"init_lora_weights": "pissa_niter_4"}, "belongs to a changed base model"),
+        ({"init_lora_weights": "lora_ga"}, "belongs to a changed base model"),
     ],
 )
 def test_what_cannot_be_carried_over_is_refused(tmp_path: Path, settings: dict[str, Any], reason: str) -> None:

@@ -10,11 +10,12 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from chatlora.errors import ModelError
 from chatlora.merging.asked import asked_for
 from chatlora.merging.changes import Change
 from chatlora.merging.gate import reopened
 from chatlora.merging.merge import files_of_base, merge, planned, served_by, written
-from chatlora.model.loading import load_adapter
+from chatlora.model.loading import load_adapter, load_for_inference
 from tests.merges import loaded, write_adapter, write_base, write_peft_adapter
 from tests.model_families import FAMILIES
 
@@ -140,3 +141,15 @@ def test_adapters_of_other_makers(tmp_path: Path, settings: dict[str, Any]) -> N
     adapter = write_peft_adapter(tmp_path / "adapter", base, **settings)
     found = merged_weights(tmp_path / "merged", adapter, base)
     assert not apart(found, weights_by_peft(adapter, base, BF16), BF16)
+
+
+def test_an_adapter_of_other_makers_is_opened_with_the_tokenizer_of_its_base(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "Llama", FP32)
+    adapter = write_peft_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    model, tokenizer = load_for_inference(adapter)
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(base).get_vocab()
+    assert not model.training
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+    with pytest.raises(ModelError, match="does not name a base model"):
+        load_for_inference(adapter)
