@@ -175,6 +175,7 @@ def _shards(base: PreTrainedModel) -> dict[str, Path]:
 def _differs(shard: Path, name: str, tensor: torch.Tensor) -> bool:
     with safe_open(shard, framework="pt") as file:
         stored = file.get_tensor(name)
-    if stored.shape != tensor.shape or not stored.is_floating_point():
+    is_weight = stored.is_floating_point() and stored.itemsize > 1  # numbers of 8 bits have a scale in another tensor
+    if stored.shape != tensor.shape or not is_weight:
         return False
     return not torch.equal(stored.to(tensor.dtype), tensor.cpu())

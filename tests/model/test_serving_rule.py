@@ -17,7 +17,7 @@ from chatlora.model.adapter_folder import WEIGHTS, save_adapter
 from chatlora.model.loading import load_base_model
 from chatlora.model.lora import add_lora
 from chatlora.model.lora_init import start_from
-from chatlora.model.serving_rule import too_far
+from chatlora.model.serving_rule import too_far, why_base_moved
 from tests.model.test_adapter_folder import fresh, logits, saved, trained, weights_of
 from tests.model_families import build_base
 
@@ -68,6 +68,18 @@ def test_a_base_that_changed_in_training_is_told(family: str, moved: str, named:
     told = why_not_served(model, weights_of(model), tmp_path / "adapter", None)
     assert told is not None
     assert f"the base's own {named} is another one than in" in told
+
+
+def test_a_weight_that_is_quantised_in_the_checkpoint_is_no_moved_one(tmp_path: Path) -> None:
+    """What stands there in 8 bits is a part of the weight: its scale is another tensor."""
+    model = trained(saved("Llama", tmp_path))
+    path = next(file for file in tmp_path.rglob("model.safetensors"))
+    weights = load_file(path)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(weights | {name: (100 * weights[name]).to(torch.float8_e4m3fn)}, path, metadata={"format": "pt"})
+    assert why_base_moved(model.get_base_model()) is None
+    save_file(weights | {name: 100 * weights[name]}, path, metadata={"format": "pt"})
+    assert name in str(why_base_moved(model.get_base_model()))
 
 
 @pytest.mark.parametrize("variant", [None, "rslora"])
