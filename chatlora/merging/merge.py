@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from chatlora.config import ModelConfig
 from chatlora.disk import settle, sha256_of, sync, write_json
 from chatlora.distributed.memory import out_of_memory_told
 from chatlora.errors import MergeError, ModelError
@@ -24,6 +25,7 @@ from chatlora.merging.judgement import Verdict
 from chatlora.merging.places import places_of
 from chatlora.merging.travelling import copy_all, files_that_travel
 from chatlora.merging.writing import Plan, damaged_files, plan_of, refuse_types, write_merged
+from chatlora.model.loading import load_config
 from chatlora.weights.rewriting import Rewriting, Say, alone_in, index_of, receipt_in, rewrite
 from chatlora.weights.shards import DTYPES, SIZES, find_shards, open_shard
 
@@ -75,7 +77,7 @@ def merge(asked: Asked, target: Path, say: Say) -> Verdict:
 
 def served_by(folder: Path) -> tuple[Any, type[PreTrainedModel]]:
     """The configuration, and the class that it names first; else the one that transformers takes for it."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = load_config(ModelConfig(name_or_path=str(folder)))
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(
             f"{folder}: is quantised, and a sum would have to be quantised anew; merge into the original "

@@ -10,9 +10,11 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -39,6 +41,12 @@ def load_tokenizer(model: ModelConfig, adapter: Path | None = None) -> PreTraine
     if adapter is not None and model.chat_template is None and (adapter / "tokenizer_config.json").is_file():
         return _from_pretrained(AutoTokenizer, ModelConfig(name_or_path=str(adapter)))
     return _from_pretrained(AutoTokenizer, model)
+
+
+def load_config(model: ModelConfig) -> PreTrainedConfig:
+    """What config.json says. Raises ModelError where transformers does not know it without code of its own."""
+    config: PreTrainedConfig = _from_pretrained(AutoConfig, model)
+    return config
 
 
 def load_base_model(model: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
@@ -182,7 +190,7 @@ def _explain(where: str, auto: Any, error: Exception) -> str:
             "natively: `chatlora convert-chatglm3` makes one of ChatGLM3, GLM-4 has them (glm-4-9b-chat-hf, GLM-4-0414)"
         )
     if Path(where).is_dir():
-        what = "model" if auto is AutoModelForCausalLM else "tokenizer"
+        what = "tokenizer" if auto is AutoTokenizer else "model"
         cut_off = (
             " (cut off while it was copied?); copy or download it again" if isinstance(error, SafetensorError) else ""
         )

@@ -310,6 +310,23 @@ def test_what_fp16_cannot_hold_is_told(tmp_path: Path, monkeypatch: pytest.Monke
         merged(tmp_path, tmp_path / "merged")
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"auto_map": {"AutoConfig": "configuration_x.XConfig"}, "model_type": "x"}, "comes with code of its own"),
+        ({"model_type": "of tomorrow"}, "no model can be read from .* model type `of tomorrow`"),
+    ],
+)
+def test_a_base_that_transformers_does_not_know_is_told(
+    trained: Path, tmp_path: Path, settings: dict[str, Any], told: str
+) -> None:
+    shutil.copytree(trained / "base", tmp_path / "base")
+    path = tmp_path / "base/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(ModelError, match=told):
+        merge.merge(asked_for(trained / "adapter", str(tmp_path / "base"), None, FP32), tmp_path / "merged", quietly)
+
+
 def test_a_quantised_base_is_refused(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "base", tmp_path / "base")
     path = tmp_path / "base/config.json"
