@@ -6,10 +6,10 @@ from pathlib import Path
 
 from chatlora.disk import sync
 
-# Weights are written anew, a trainer's state and code are no part of a model, and no card or receipt is true of the
-# result.
+# Weights are written anew, and a trainer's state and code are no part of a model.
 STAY = ("*.safetensors*", "*.bin", "*.index.json", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.py")
-CARDS = ("README*.md", "merge.json", "conversion.json", "embedded.json")
+# No card or receipt is true of the result, and what the base's template was told is not what the adapter's was.
+OF_THE_BASE_ALONE = ("README*.md", "merge.json", "conversion.json", "embedded.json", "chatlora.json")
 OF_THE_ADAPTER_ALONE = ("adapter_config.json", "README.md")
 # Templates that would be taken before or beside the one of training.
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -17,7 +17,7 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 def files_that_travel(base: Path, adapter: Path) -> dict[str, Path]:
     """Name in the merged folder -> the file to copy."""
-    found = {path.name: path for path in _small(base) if not any(path.match(each) for each in CARDS)}
+    found = {path.name: path for path in _small(base) if not any(path.match(each) for each in OF_THE_BASE_ALONE)}
     own = {path.name: path for path in _small(adapter) if path.name not in OF_THE_ADAPTER_ALONE}
     if "tokenizer_config.json" in own:
         found = {name: path for name, path in found.items() if name not in TEMPLATES}

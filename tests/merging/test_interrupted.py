@@ -20,6 +20,7 @@ from chatlora.errors import ModelError
 from chatlora.evaluation.command_line import parse
 from chatlora.evaluation.setup import rendered
 from chatlora.merging.asked import asked_for, folder_of
+from chatlora.merging.travelling import files_that_travel
 from chatlora.model.loading import load_for_inference
 from tests.fork_server import At, ForkServer
 from tests.merges import SHARD
@@ -134,6 +135,16 @@ def test_files_that_travel(folder: Path) -> None:
     assert not left & {path.name for path in merged.iterdir()}
     dtypes = {tensor.dtype for path in merged.glob("*.safetensors") for tensor in load_file(path).values()}
     assert dtypes == {torch.bfloat16}
+
+
+def test_what_is_true_of_the_base_alone_stays_there(folder: Path, tmp_path: Path) -> None:
+    """An adapter of another maker says nothing of its template, and gets nothing of a merged base's."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    found = files_that_travel(folder / "merged", tmp_path)
+    assert not {"merge.json", "chatlora.json"} & found.keys()
+    assert {"config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE"} == (
+        found.keys() - {"tokenizer_config.json"}
+    )
 
 
 def test_a_base_of_the_hub_is_found_in_its_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
