@@ -1,6 +1,6 @@
 """What `chatlora merge` was asked for: the adapter, its base, and the rows on which the result is checked."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chatlora.config import ModelConfig
 from chatlora.config_files import config_from_file
+from chatlora.data.held_out import kept_by
 from chatlora.errors import ModelError
 from chatlora.evaluation.command_line import Request, parse, run_of_adapter
 from chatlora.evaluation.setup import rendered
@@ -70,13 +71,10 @@ def _rows(adapter: Path, base: str, data: str | None) -> Request | None:
         return parse([*(alone if run is None else of_run), "--data", data])
     if run is None:
         return None
-    held_out = config_from_file(run / "config.yaml").data
-    splits: Sequence[tuple[str, bool]] = (
-        ("validation", bool(held_out.validation_sets or "validation" in held_out.shares)),
-        ("test", bool(held_out.test)),
-    )
-    for split, has_rows in splits:
-        if has_rows:
+    config = config_from_file(run / "config.yaml").data
+    for split, named in (("validation", config.validation_sets), ("test", config.test)):
+        # A share of few rows may be none.
+        if kept_by(run, split) != [] if split in config.shares else named:
             return parse([*of_run, "--split", split])
     return None
 

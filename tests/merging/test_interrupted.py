@@ -178,6 +178,14 @@ def test_an_adapter_in_a_run_is_checked_on_the_run_s_rows(folder: Path, word: st
     assert (request.run_dir, request.split) == (folder / "run", "validation")
 
 
+def test_a_share_that_held_out_no_row_is_passed_over(folder: Path, tmp_path: Path) -> None:
+    """Two of a hundred of the training rows are held out unless another share is named: of 20, none."""
+    shutil.copytree(folder / "run", tmp_path / "run")
+    kept = json.loads((tmp_path / "run/held_out.json").read_text())
+    (tmp_path / "run/held_out.json").write_text(json.dumps(kept | {"validation": []}))
+    assert asked_for(tmp_path / "run", str(folder / "base"), None, torch.float32).request is None
+
+
 def test_other_rows_are_read_under_the_settings_of_the_run(folder: Path, world: Path) -> None:
     request = asked_for(folder / "run", str(folder / "base"), str(world / "rows.jsonl"), torch.float32).request
     assert request is not None
