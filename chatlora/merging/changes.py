@@ -78,7 +78,6 @@ def changes_of(adapter: Path, skeleton: PreTrainedModel) -> dict[str, Change]:
     refuse_more_than_products(adapter)
     refuse_other_model(skeleton, adapter)
     settings, tensors = read_adapter(skeleton, adapter)
-    settings.base_model_name_or_path = None  # PEFT warns where it is another name than the skeleton's
     # The norms that DoRA begins with need weights, and here are none: only its names and scales are asked for.
     has_magnitudes, settings.use_dora = bool(settings.use_dora), False
     with torch.device("meta"), without_false_alarms():

@@ -64,6 +64,7 @@ def read_adapter(base: PreTrainedModel, folder: Path) -> tuple[PeftConfig, dict[
         raise ModelError(f"{folder / WEIGHTS} cannot be read ({error}): copy the adapter's folder again") from None
     settings = PeftConfig.from_pretrained(str(folder))
     settings.inference_mode = True
+    settings.base_model_name_or_path = None  # PEFT warns of a base that was moved, and writes where it is now
     return stacked(settings, tensors, expert_names(base)) if isinstance(settings, LoraConfig) else (settings, tensors)
 
 
@@ -167,7 +168,6 @@ def compared(skeleton: PreTrainedModel, settings: PeftConfig, tensors: Tensors) 
     """What is wrong with an adapter of these settings and tensors on `skeleton`."""
     served = type(skeleton).__name__
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    settings.base_model_name_or_path = None  # PEFT warns where it is another name than the skeleton's, which has none
     with torch.device("meta"), without_false_alarms():
         opened = get_peft_model(skeleton, settings, low_cpu_mem_usage=True)
     wanted = {n: list(t.shape) for n, t in get_peft_model_state_dict(opened, save_embedding_layers=False).items()}

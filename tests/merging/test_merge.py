@@ -1,6 +1,7 @@
 """Merged is base and adapter: the weights in the files against PEFT's own merge."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,12 @@ def test_an_adapter_of_other_makers_is_opened_with_the_tokenizer_of_its_base(tmp
     (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
     with pytest.raises(ModelError, match="does not name a base model"):
         load_for_inference(adapter)
+
+
+def test_a_base_that_was_moved_is_no_reason_to_warn(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", write_base(tmp_path / "base", "Llama", FP32))
+    (tmp_path / "base").rename(tmp_path / "moved")
+    base = loaded(tmp_path / "moved")
+    with warnings.catch_warnings(action="error"):
+        model = load_adapter(base, adapter)
+    assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "moved")
