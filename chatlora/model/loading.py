@@ -1,7 +1,6 @@
 """Base models, tokenizers and adapters from a folder, the hub or the embedded model. No remote code, no pickle."""
 
 import errno
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -144,11 +143,9 @@ def refuse_other_model(base: PreTrainedModel, adapter: Path) -> None:
     except (ValueError, KeyError, TypeError) as error:  # of PEFT: settings that this model cannot meet
         fault = " ".join(str(error).split())
     if fault:
-        trained_on = json.loads((adapter / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
-        raise ModelError(
-            f"the adapter {adapter} does not belong to the model {base.name_or_path}: {fault}. It was trained on "
-            f"{trained_on}; give that as the model"
-        )
+        trained_on = base_of(adapter)
+        hint = "" if trained_on is None else f". It was trained on {trained_on}; give that as the model"
+        raise ModelError(f"the adapter {adapter} does not belong to the model {base.name_or_path}: {fault}{hint}")
 
 
 def refuse_ids_without_row(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, largest_id: int) -> None:

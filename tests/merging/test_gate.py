@@ -17,7 +17,8 @@ from chatlora.merging.answers import Answers, Text
 from chatlora.merging.asked import asked_for
 from chatlora.merging.changes import Change
 from chatlora.merging.judgement import distance, judge
-from tests.merges import write_adapter, write_base, write_peft_adapter
+from chatlora.model.loading import load_adapter
+from tests.merges import loaded, write_adapter, write_base, write_peft_adapter
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -227,6 +228,9 @@ def test_an_adapter_that_names_no_base_is_told(trained: Path, tmp_path: Path, na
     with pytest.raises(ModelError, match="does not name a base model; name it with --base"):
         asked_for(tmp_path / "adapter", None, None, FP32)
     assert asked_for(tmp_path / "adapter", str(trained / "base"), None, FP32).folder == trained / "base"
+    other = write_base(tmp_path / "other", "Qwen3-MoE", FP32)
+    with pytest.raises(ModelError, match="does not belong to the model"):
+        load_adapter(loaded(other), tmp_path / "adapter")
 
 
 def test_a_base_that_is_gone_is_told_with_the_flag(trained: Path) -> None:
