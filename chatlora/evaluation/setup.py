@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from chatlora.cache import cache_root
 from chatlora.config import Config
+from chatlora.config_paths import absolute
 from chatlora.data.evaluation_set import EvalSample, prepare_evaluation_data
 from chatlora.data.ledger import summary_lines
 from chatlora.distributed.memory import not_loaded, out_of_memory_told
@@ -141,7 +142,8 @@ def set_up(request: Request, runtime: Runtime) -> Generation:
     settings = greedy_settings_for(model, tokenizer, renderer.stop_ids, longest)
     stop_ids = settings.eos_token_id
     metadata = {
-        "data": [source.path for source in request.sources],
+        # Absolute, as a run's ledger: seen from elsewhere a relative path might be a hub name.
+        "data": [absolute("data.test", source.path, only_existing=True) for source in request.sources],
         "set_aside": sum(len(source["set_aside"]) for source in ledger["sources"]),
         "decoding": {"greedy": True, "max_new_tokens": longest, "stop_ids": stop_ids, "precision": runtime.precision},
         "rendering": renderer.fingerprint,

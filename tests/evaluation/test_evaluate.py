@@ -1,6 +1,7 @@
 """evaluate.py as people run it: prediction files, the command line, a model and its adapter, several processes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import evaluate
 from chatlora.errors import ChatLoraError, ConfigError
 from chatlora.evaluation.command_line import parse
+from chatlora.model.origin import public_name
 from tests.engine_runs import environment_of
 from tests.fork_server import ForkServer
 
@@ -246,6 +248,19 @@ def test_a_run_and_its_base_side_by_side(made: Path, evaluated: Path) -> None:
             "scores.json",
             "status.json",
         ]
+
+
+def test_rows_are_told_by_where_they_are(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From another folder, `private/rows.jsonl` would be taken for a name of the hub, and be written into the card."""
+    (tmp_path / "private").mkdir()
+    shutil.copy(made / "turns.jsonl", tmp_path / "private/rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", "private/rows.jsonl", "--evaluation.max_new_tokens", "1", "--output_dir", "out"]
+    evaluate.main([str(made / "run"), *words])
+    (told,) = json.loads(Path("out/scores.json").read_text("utf-8"))["data"]
+    assert told == str(tmp_path / "private/rows.jsonl")
+    monkeypatch.chdir(made)
+    assert public_name(told) == "rows.jsonl"
 
 
 def test_both_are_shown_side_by_side_with_samples(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
