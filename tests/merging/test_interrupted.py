@@ -209,8 +209,8 @@ def test_a_merged_model_is_a_base_like_any_other(server: ForkServer, folder: Pat
     """Its receipt does not take the place of the new one: a kill in the gate is gone on from."""
     words = ["run", "twice", "--base", "merged"]
     at = At("SIGKILL", f"chatlora.merging.merge:{GATE}", 1)
-    assert server.run(words, folder, script="tests.merge_script", at=at) == [-signal.SIGKILL]
-    assert server.run(words, folder, script="tests.merge_script") == [0]
+    assert server.run(words, folder, script="chatlora.commands.merge:run", at=at) == [-signal.SIGKILL]
+    assert server.run(words, folder, script="chatlora.commands.merge:run") == [0]
     assert json.loads((folder / "twice/merge.json").read_text())["source"]["base"] == "merged"
 
 
