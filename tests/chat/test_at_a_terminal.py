@@ -60,8 +60,8 @@ class Typist:
         return status
 
     def leaves_on_ctrl_c(self) -> int:
-        """Pressed until something is written: Python looks for signals just before readline waits for a key, and one that
-        comes between is seen with the next."""
+        """Pressed until something is written: Python looks for signals just before readline waits for a key, and one
+        that comes between is seen with the next."""
         self.type(CTRL_C)
         while not select.select([self.terminal], [], [], 1)[0]:
             os.write(self.terminal, CTRL_C)
