@@ -159,13 +159,19 @@ optim: {max_steps: 50, global_batch_size: 16, learning_rate: 2.0e-3}
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", [0, 1])  # the ranking was chosen on the first draw, not on the second
 def test_twenty_spoilt_rows_of_two_thousand_are_in_the_first_forty(
-    shared: Path, smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: Callable[[str], None]
+    shared: Path,
+    smollm2: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    count: Callable[[str], None],
+    seed: int,
 ) -> None:
     """Restaurants of e2e: replies of other rows, replies in Chinese, and replies whose letters are mixed up."""
     import train
 
-    draw = random.Random(0)
+    draw = random.Random(seed)
     lines = (shared / "data" / "e2e.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in draw.sample(lines, 2_000)]
     spoilt = draw.sample(range(2_000), SPOILT)
