@@ -20,6 +20,7 @@ from chatlora.model.adapter_folder import read_adapter
 from chatlora.model.folder import CHANGE_THE_BASE
 from chatlora.model.loading import refuse_other_model
 from chatlora.model.lora import without_false_alarms
+from chatlora.model.scales import one_by_one
 from chatlora.model.targets import WRAPPED
 
 ADAPTER = "default"
@@ -114,8 +115,8 @@ def _change(
     if isinstance(module, ParamWrapper):
         parameter = f"{parameter}.{module.parameter_name}"
         experts = module.num_experts
-        if experts > 1:  # as PEFT keeps them: A is [E·r, in], B is [out, r·E]
-            a, b = a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
+        if experts > 1:
+            a, b = one_by_one(a, experts, of_a=True), one_by_one(b, experts, of_a=False)
             is_input_first = not module._did_swap_in_out_features
     else:
         parameter = f"{parameter}.weight"

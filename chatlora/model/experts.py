@@ -18,7 +18,7 @@ from transformers.core_model_loading import WeightConverter
 
 from chatlora.config import ExpertFormat
 from chatlora.errors import ModelError
-from chatlora.model.scales import is_a
+from chatlora.model.scales import is_a, one_by_one
 
 OURS = "mlp"  # how transformers 5 calls the layer around the experts where a checkpoint has another name
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
@@ -122,8 +122,10 @@ def split(
         alone = f"{match['block']}.experts.{GATE_UP}".endswith(tuple(parameters))
         kind = GATE_UP if match["inner"] or (alone and match["block"] not in both) else DOWN
         block = _renamed(match["block"], names.block)
-        for expert, one in enumerate(_one_by_one(tensor, settings.r, of_a=is_a(name))):
-            for leaf, part in _parts(one, kind, names, of_a=is_a(name)):
+        of_a = is_a(name)
+        experts = tensor.shape[0 if of_a else 1] // settings.r
+        for expert, one in enumerate(one_by_one(tensor, experts, of_a=of_a)):
+            for leaf, part in _parts(one, kind, names, of_a=of_a):
                 result[f"{block}.experts.{expert}.{leaf}.lora_{match['side']}.weight"] = part.clone()
     stacks = _stacks(settings)
     leaves = [names.gate, names.up] if any(name.endswith(GATE_UP) for name in stacks) else []
@@ -148,10 +150,10 @@ def stacked(
         groups.setdefault((match["block"], match["leaf"], match["side"]), {})[int(match["expert"])] = tensors[name]
     stacks: set[str] = set()
     result = {name: tensor for name, tensor in tensors.items() if name not in found}
-    for (block, leaf, side), one_by_one in groups.items():
+    for (block, leaf, side), single in groups.items():
         if leaf == names.up:
             continue
-        experts = torch.stack([one_by_one[expert] for expert in sorted(one_by_one)])
+        experts = torch.stack([single[expert] for expert in sorted(single)])
         if leaf == names.gate:
             other = groups.get((block, names.up, side), {})
             up = torch.stack([other[expert] for expert in sorted(other)]) if other else experts.new_zeros(0)
@@ -168,13 +170,6 @@ def stacked(
     settings.target_modules = sorted({*(settings.target_modules or [])} - leaves - also)
     settings.target_parameters = sorted({*(settings.target_parameters or [])} | stacks)
     return settings, result
-
-
-def _one_by_one(tensor: torch.Tensor, rank: int, *, of_a: bool) -> torch.Tensor:
-    """[experts, rank, in] of A, [experts, out, rank] of B."""
-    if of_a:
-        return tensor.reshape(-1, rank, tensor.shape[1])
-    return tensor.reshape(tensor.shape[0], rank, -1).permute(2, 0, 1)
 
 
 def _parts(one: torch.Tensor, kind: str, names: ExpertNames, *, of_a: bool) -> Iterator[tuple[str, torch.Tensor]]:

@@ -107,6 +107,13 @@ def rank_of(name: str, tensor: torch.Tensor, experts: int) -> int | None:
     return tensor.shape[1] // experts if is_b(name) else None
 
 
+def one_by_one(tensor: torch.Tensor, experts: int, *, of_a: bool) -> torch.Tensor:
+    """What a stacked tensor is for each expert: [experts, rank, in] of A, [experts, out, rank] of B."""
+    if of_a:
+        return tensor.reshape(experts, -1, tensor.shape[1])
+    return tensor.reshape(tensor.shape[0], -1, experts).permute(2, 0, 1)
+
+
 def is_a(name: str) -> bool:
     return ".lora_A." in name or ".lora_embedding_A" in name
 

@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils.hub import cached_file
 
 from chatlora.model.lora import kind_of
-from chatlora.model.scales import adapted_layers, is_a, is_b, module_of
+from chatlora.model.scales import adapted_layers, is_a, is_b, module_of, one_by_one
 from chatlora.model.targets import WRAPPED
 
 Tensors = Mapping[str, torch.Tensor]
@@ -133,7 +133,7 @@ def _delta(layer: LoraLayer, plain: torch.Tensor, parts: Mapping[str, torch.Tens
         product = b @ a  # [out, in]
         return product if product.shape == plain.shape else product.T
     experts = plain.shape[0]
-    each = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1) @ a.reshape(experts, -1, a.shape[1])
+    each = one_by_one(b, experts, of_a=False) @ one_by_one(a, experts, of_a=True)
     return each if getattr(layer, "_did_swap_in_out_features", True) else each.transpose(1, 2)
 
 
